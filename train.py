@@ -1,0 +1,330 @@
+"""Fine-tunes a text-to-image model with CoMat (arXiv 2404.03653) on prompts alone.
+
+    python train.py shapes                                the embedded world, ten minutes on a laptop's CPU
+    torchrun --nproc_per_node 8 train.py                  SDXL, the paper's recipe, eight GPUs
+    torchrun --nproc_per_node 8 train.py sd15             Stable Diffusion 1.5
+    python train.py shapes --out out/a --steps 40         any field of the configuration is a flag; --help lists them
+
+Writes to --out: config.json, log.jsonl, TensorBoard events, samples/, checkpoints/ (LoRA in diffusers' format), results.json.
+"""
+import config as configuration
+
+if __name__ == "__main__":
+    parsed = configuration.parse()  # before the heavy imports: --help answers at once
+
+import contextlib  # noqa: E402
+import json  # noqa: E402
+import logging  # noqa: E402
+import os  # noqa: E402
+import random  # noqa: E402
+import resource  # noqa: E402
+import sys  # noqa: E402
+import time  # noqa: E402
+from dataclasses import dataclass, field  # noqa: E402
+from hashlib import sha256  # noqa: E402
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import diffusion  # noqa: E402
+import discriminator  # noqa: E402
+import evaluate  # noqa: E402
+import losses  # noqa: E402
+import masks  # noqa: E402
+import output  # noqa: E402
+import prompts as prompt_lists  # noqa: E402
+import sample  # noqa: E402
+
+
+@dataclass
+class Run:
+    """Everything that a step needs. Models and optimisers that a weight of 0 switches off are None."""
+    config: configuration.Config
+    pipe: object
+    plan: diffusion.Schedule
+    prompts: list
+    parameters: list
+    optimizer: torch.optim.Optimizer
+    captioner: object = None
+    tokenizer: object = None
+    parser: object = None
+    segmenter: object = None
+    head: object = None
+    discriminator_parameters: list = field(default_factory=list)
+    discriminator_optimizer: object = None
+    empty: object = None
+    step: int = 0
+    process: int = 0
+    processes: int = 1
+    seconds: dict = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def phase(self, name):
+        """Adds the time spent within to seconds[name]."""
+        start = time.perf_counter()
+        yield
+        if self.pipe.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One training step
+
+def train_step(run):
+    """One optimiser step; returns the numbers to log."""
+    c, pipe, plan = run.config, run.pipe, run.plan
+    trained, attended = choose_steps(c, run.step)
+    prompts = prompt_lists.batch_of(run.prompts, run.step, c.batch, c.seed, run.process, run.processes)
+    generators = [torch.Generator().manual_seed(seed_of(c.seed, "noise", run.step, run.process, i)) for i in range(c.batch)]
+    text = diffusion.encode(pipe, prompts)
+
+    with run.phase("sample"):  # 1. T steps with the online model, no gradient; keep the inputs of the trained ones
+        noise = diffusion.initial_noise(pipe, (c.resolution, c.resolution), generators)
+        with diffusion.adapter(pipe.unet, diffusion.ADAPTER):
+            z, states = diffusion.sample(pipe, plan, text, noise, generators, c.guidance_scale, keep=trained)
+
+    with run.phase("judge"):  # 2. dL/dz_T of caption and adversarial loss; masks from the same image
+        gradient, images, log = judge(run, z, prompts, generators[0])
+        attention_loss = attention_loss_of(run, prompts, images, log)
+
+    with run.phase("replay"):  # 3. the gradient through each trained step alone, attention losses on some of them
+        with diffusion.adapter(pipe.unet, diffusion.ADAPTER):
+            diffusion.replay(pipe, plan, text, states, gradient, c.guidance_scale, attended, c.attention_blocks,
+                             attention_loss, c.through_inputs)
+
+    with run.phase("update"):  # 4. the LoRA's step, then the discriminator's own
+        log["lr"] = run.optimizer.param_groups[0]["lr"] = learning_rate(c, run.step)
+        log["gradient_norm"] = update(run.optimizer, run.parameters, c.clip_norm, run.processes)
+        if run.head:
+            log.update(discriminator_step(run, z, prompts))
+    return log
+
+
+def choose_steps(config, step):
+    """The K trained steps, evenly spaced from a random start, and the attention steps among them; equal on all processes."""
+    rng = random.Random(seed_of(config.seed, "steps", step))
+    interval = config.num_steps // config.grad_steps
+    start = rng.randrange(config.num_steps - interval * (config.grad_steps - 1))
+    trained = [start + k * interval for k in range(config.grad_steps)]
+    wanted = config.token_weight or config.pixel_weight
+    return trained, rng.sample(trained, config.attention_steps) if wanted else []
+
+
+def judge(run, z, prompts, generator):
+    """dL/dz_T of the caption and the adversarial loss, the decoded images without gradient, and the numbers to log."""
+    c, log = run.config, {}
+    z = z.detach().requires_grad_()
+    gradient = torch.zeros_like(z)
+    images = None
+    if run.captioner:
+        images = diffusion.decode(run.pipe, z)
+        copies = losses.shifted_copies(images, c.caption_copies, c.caption_shift, generator)
+        loss = losses.caption_loss(run.captioner, run.tokenizer, copies, prompts * c.caption_copies, c.caption_prefix,
+                                   c.caption_reduction, c.label_smoothing).mean()
+        gradient = c.caption_weight * torch.autograd.grad(loss, z)[0]
+        if c.center_gradient:
+            gradient = gradient - average(gradient.mean(0, keepdim=True), run.processes)
+        log["loss_caption"] = loss.item()
+    elif run.segmenter:
+        with torch.no_grad():
+            images = diffusion.decode(run.pipe, z)
+    if run.head:
+        loss = losses.generator_loss(discriminator.logits(run.pipe, run.head, z, run.plan.timesteps[-1], run.empty))
+        pull = c.adversarial_weight * torch.autograd.grad(loss, z)[0]
+        if c.adversarial_cap:
+            pull = pull * (c.adversarial_cap * gradient.norm() / pull.norm().clamp(min=1e-20)).clamp(max=1)
+        gradient = gradient + pull
+        log["loss_adversarial"] = loss.item()
+    return gradient, None if images is None else images.detach(), log
+
+
+def attention_loss_of(run, prompts, images, log):
+    """A function of the captured attention maps: the weighted token and pixel losses against the entities' masks."""
+    c = run.config
+    if not run.segmenter:
+        return None
+    entities = [masks.find_entities(p, run.parser, run.pipe.tokenizer) for p in prompts]
+    found = run.segmenter.masks(images, [[e.noun for e in row] for row in entities])
+
+    def attention_loss(maps):
+        total, batch = 0.0, len(prompts)
+        for name, weight in (("token", c.token_weight), ("pixel", c.pixel_weight)):
+            if weight:
+                formula = losses.token_loss if name == "token" else losses.pixel_loss
+                loss = sum(formula([m[b] for m in maps], [e.tokens for e in entities[b]], found[b], c.attention_reduction)
+                           for b in range(batch)) / batch
+                log[f"loss_{name}"] = log.get(f"loss_{name}", 0.0) + loss.item() / c.attention_steps
+                total = total + weight * loss
+        return total
+    return attention_loss
+
+
+def discriminator_step(run, z, prompts):
+    """The discriminator's own step: the original model's latents of the same prompts are real, the online model's are fake."""
+    c, timestep = run.config, run.plan.timesteps[-1]
+    real = discriminator.reference_latents(run.pipe, run.plan, c, prompts)
+    with diffusion.adapter(run.pipe.unet, discriminator.ADAPTER):
+        logits = discriminator.logits(run.pipe, run.head, torch.cat([real, z]), timestep, run.empty)
+        loss = losses.discriminator_loss(*logits.chunk(2))
+        loss.backward()
+    norm = update(run.discriminator_optimizer, run.discriminator_parameters, c.clip_norm_discriminator, run.processes)
+    sign = torch.tensor([1.0, -1.0], device=z.device).repeat_interleave(len(z))
+    right = (logits.mean((1, 2, 3)) * sign > 0).float().mean()
+    return {"loss_discriminator": loss.item(), "discriminator_accuracy": right.item(), "discriminator_gradient_norm": norm}
+
+
+def update(optimizer, parameters, clip_norm, processes):
+    """Averages the gradients over processes in one flat all_reduce, clips, steps; returns the norm before clipping."""
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    flat = average(torch.cat([p.grad.flatten() for p in parameters]), processes)
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad.copy_(part.view_as(p))
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+def average(tensor, processes):
+    """The mean of a tensor over all processes."""
+    if processes > 1:
+        dist.all_reduce(tensor)
+        tensor = tensor / processes
+    return tensor
+
+
+def learning_rate(c, step):
+    """Linear warm-up, then a line from c.lr to c.lr_end * c.lr."""
+    rise = min(1.0, (step + 1) / (c.warmup + 1))
+    return c.lr * rise * (1 + (c.lr_end - 1) * min(1.0, step / c.steps))
+
+
+def seed_of(*names):
+    """A seed from names, the same in every process and every Python."""
+    return int.from_bytes(sha256(repr(names).encode()).digest()[:7], "big")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Set-up
+
+def setup(c):
+    """Loads and freezes the models, adds the adapters, makes the optimisers."""
+    configuration.check(c)
+    process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1 and not dist.is_initialized():
+        if torch.cuda.is_available() and c.device != "cpu":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl")
+        else:
+            dist.init_process_group("gloo")
+    torch.manual_seed(c.seed)
+    pipe, plan = diffusion.open_pipeline(c)
+    parameters = diffusion.add_adapter(pipe.unet, diffusion.ADAPTER, c.rank)
+    betas = {"betas": (c.momentum, 0.999)} if c.optimizer == "adamw" else {"momentum": c.momentum}
+    kind = torch.optim.AdamW if c.optimizer == "adamw" else torch.optim.SGD
+    run = Run(c, pipe, plan, prompt_lists.read(c.prompts), parameters, kind(parameters, lr=c.lr, **betas),
+              process=process, processes=processes)
+    if c.caption_weight:
+        run.captioner, run.tokenizer = losses.load_captioner(c.captioner, pipe.device, getattr(torch, c.dtype))
+    if c.token_weight or c.pixel_weight:
+        run.parser, run.segmenter = masks.load_parser(c.parser), masks.load_segmenter(c.segmenter, pipe.device)
+        diffusion.attention.cross_attention_layers(pipe.unet, c.attention_blocks)
+    if c.adversarial_weight:
+        run.head = discriminator.Head(pipe.unet.config.out_channels).to(pipe.device)
+        run.discriminator_parameters = [*diffusion.add_adapter(pipe.unet, discriminator.ADAPTER, c.rank),
+                                        *run.head.parameters()]
+        run.discriminator_optimizer = torch.optim.AdamW(run.discriminator_parameters, lr=c.lr_discriminator,
+                                                        betas=(0.0, 0.999))
+        run.empty = diffusion.encode(pipe, [""])
+    pipe.unet.set_adapter(diffusion.ADAPTER)
+    if processes > 1:
+        for p in run.parameters + run.discriminator_parameters:
+            dist.broadcast(p.data, 0)
+    return run
+
+
+def announce(run):
+    """What follows from the configuration, once, at the start."""
+    c, total = run.config, sum(p.numel() for p in run.parameters)
+    print(f"{c.model}: {total / 1e6:.2f} M LoRA parameters in {len(run.parameters)} tensors, {run.pipe.unet.dtype} base on "
+          f"{run.pipe.device}\n{c.steps} steps of {c.batch} x {run.processes} = {c.batch * run.processes} prompts, "
+          f"{c.steps * c.batch * run.processes / len(run.prompts):.1f} epochs of {len(run.prompts)}; gradient through "
+          f"{c.grad_steps} of {c.num_steps} denoising steps")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+def draw_samples(run, log):
+    """The grid at fixed prompts and seeds: samples/step-NNNNNN.png and TensorBoard."""
+    c = run.config
+    asked = prompt_lists.read(c.eval_prompts or c.prompts)[:c.sample_prompts]
+    tuned, base = sample.generate(run.pipe, run.plan, asked, c.guidance_scale, c.resolution, batch=8)
+    picture = sample.grid(asked, {"base": base, f"step {run.step}": tuned})
+    (c.out / "samples").mkdir(exist_ok=True)
+    picture.save(c.out / f"samples/step-{run.step:06d}.png")
+    log.picture(run.step, "samples", picture)
+
+
+def peak_memory(device):
+    """GiB: of the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform != "darwin" else 1) / 2 ** 30
+
+
+def report(run):
+    """Scores base against tuned on held-out prompts: the printed table, results.json, samples/before_after.png."""
+    c = run.config
+    results, asked, base, tuned = evaluate.score_run(c, run.pipe, run.plan)
+    (c.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (c.out / "samples").mkdir(exist_ok=True)
+    sample.grid(asked[:8], {"base": base[:8], "tuned": tuned[:8]}).save(c.out / "samples/before_after.png")
+    print(evaluate.table(results))
+
+
+def train(run):
+    """The loop: steps, logs, grids, checkpoints, and at the end the scores."""
+    c, first = run.config, run.process == 0
+    log = output.Log(run)
+    bar = tqdm(range(run.step, c.steps), initial=run.step, total=c.steps, desc=c.out.name, disable=not first)
+    for _ in bar:
+        start, run.seconds = time.perf_counter(), {}
+        numbers = train_step(run)
+        numbers.update({f"seconds_{k}": v for k, v in run.seconds.items()}, seconds=time.perf_counter() - start,
+                       peak_memory_gib=peak_memory(run.pipe.device))
+        log.write(run.step, {k: round(v, 6) for k, v in numbers.items()})
+        bar.set_postfix({k.removeprefix("loss_"): f"{v:.3g}" for k, v in numbers.items() if k.startswith("loss_")})
+        run.step += 1
+        if first and c.sample_every and run.step % c.sample_every == 0:
+            draw_samples(run, log)
+        if first and (run.step % c.checkpoint_every == 0 or run.step == c.steps):
+            output.save_checkpoint(run)
+    if first and c.eval_prompts:
+        report(run)
+
+
+def main(c):
+    try:
+        checkpoint = output.open_output(c) if int(os.environ.get("RANK", 0)) == 0 or c.resume else None
+        run = setup(c)
+        if checkpoint:
+            output.load_checkpoint(run, checkpoint)
+        if run.process == 0:
+            c.out.mkdir(parents=True, exist_ok=True)
+            configuration.save(c, c.out / "config.json")
+            announce(run)
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: {str(error).splitlines()[0]}")
+    train(run)
+    if run.processes > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    main(parsed)

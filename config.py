@@ -146,7 +146,7 @@ PRESETS = {
 
 
 def parse(arguments=None, default="sdxl"):
-    """The Config of a command line such as `shapes --steps 500`; the preset may be left out. A bad flag exits with a message."""
+    """The Config of a command line such as `shapes --steps 500`; the preset may be left out. Exits on a bad flag."""
     import tyro
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0].startswith("-") and not {"-h", "--help"} & set(arguments):

@@ -182,7 +182,7 @@ def schedule(scheduler, num_steps):
 
 
 def _ancestral(alpha, alpha_next, velocity, ddpm):
-    """(a, b, c, scale) from cumulative alphas: z' = p x0 + q eps, or p x0 + q z + noise; x0 and eps are linear in the output."""
+    """(a, b, c, scale) from cumulative alphas: z' = p x0 + q eps, or p x0 + q z + noise; x0, eps linear in the output."""
     s, n = alpha ** 0.5, (1 - alpha) ** 0.5  # z = s x0 + n eps;  x0 = x_z z + x_o output;  eps = e_z z + e_o output
     (x_z, x_o), (e_z, e_o) = ((s, -n), (n, s)) if velocity else ((1 / s, -n / s), (0.0, 1.0))
     if not ddpm:

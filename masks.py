@@ -37,10 +37,10 @@ NOT_DEPICTABLE = frozenset("""
     color colour shade hue tone pattern texture shape size height length width weight material detail design
     kind type sort form way manner amount pair couple group bunch lot set series piece bit
     lots dozen hundred thousand variety collection number range
-    language idea concept thought feeling sense emotion memory dream story music song sound noise smell scent aroma taste tune
-    awe fear joy anger sadness happiness surprise disgust excitement love peace beauty warmth contentment amusement
-    life death power energy strength speed fun work job game play trip journey adventure history information
-    touch ease trick catch break accent mid midair destination tennis skiing surfing snowboarding
+    language idea concept thought feeling sense emotion memory dream story music song sound noise smell scent aroma
+    taste tune awe fear joy anger sadness happiness surprise disgust excitement love peace beauty warmth
+    contentment amusement life death power energy strength speed fun work job game play trip journey adventure history
+    information touch ease trick catch break accent mid midair destination tennis skiing surfing snowboarding
     thing something anything everything nothing object item one other everyone someone anyone
 """.split())
 
@@ -58,8 +58,8 @@ NOT_VISUAL = frozenset("""
 
 VISIBLE_LIGHTS = frozenset(["traffic light", "street light"])  # things in spite of the list above
 
-MADE = frozenset("make build craft carve construct".split())  # "made of wood": the material is an attribute
-PAINTED = frozenset("paint color colour dye".split())  # "painted red"
+MADE = ("make", "build", "craft", "carve", "construct")  # "made of wood": the material is an attribute
+PAINTED = ("paint", "color", "colour", "dye")  # "painted red", "painted in red"
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ def load_tokenizer(path=TOKENIZER):
 
 
 def first_half(word):
-    """"fire" for the "hydrant" of "a fire hydrant", which the small parser takes for an adjective of "fire"; or None."""
+    """"fire" for the "hydrant" of "a fire hydrant", which the small parser may take for an adjective; else None."""
     if (word.dep_ in ("amod", "appos") and word.head.i == word.i - 1 and word.head.tag_ == "NN" and word.is_alpha
-            and word.tag_ != "VBN" and word.lower_ not in COLOURS | NOT_VISUAL and not word.n_rights):
+            and word.tag_ != "VBN" and word.lower_ not in COLOURS | NOT_VISUAL and not word.conjuncts):
         return word.head
     return None
 
@@ -141,8 +141,7 @@ def modifiers(noun):
         if child.dep_ in ("amod", "compound", "nmod"):
             for word in with_conjuncts(child):
                 if (word.i < noun.i) == (child.i < noun.i) and (word.i < noun.i or not is_noun(word)):
-                    yield word
-                    yield from modifiers(word)
+                    yield from (word, *modifiers(word))
 
 
 def said_of_subject(verb):
@@ -151,11 +150,11 @@ def said_of_subject(verb):
         complement = child.dep_ in ("acomp", "oprd", "attr") or child.dep_ == "dobj" and verb.lemma_ in PAINTED
         if complement and (child.pos_ == "ADJ" or child.lower_ in COLOURS):
             yield from with_conjuncts(child)
-        elif child.dep_ == "prep" and verb.lemma_ in MADE and verb.tag_ == "VBN":
-            for word in child.subtree if child.lower_ in ("of", "from", "out") else ():
-                if word.dep_ == "pobj" and word.head in (child, *child.children):
-                    yield word
-                    yield from modifiers(word)
+        elif child.dep_ == "prep" and verb.lemma_ in MADE + PAINTED and child.lower_ in ("of", "from", "out", "in"):
+            for word in child.subtree:  # "out of ice": the noun may be one preposition further
+                if word.dep_ == "pobj" and word.head in (child, *child.children) and (
+                        child.lower_ != "in" or word.lower_ in COLOURS):
+                    yield from (word, *modifiers(word))
 
 
 def subject_verbs(noun):
@@ -175,14 +174,14 @@ def describing(noun):
     """All words that describe a noun, in the order of the text."""
     head = first_half(noun) or noun
     words = {head, *modifiers(head), *(word for verb in subject_verbs(head) for word in said_of_subject(verb))} - {noun}
-    words = {word for word in words if coloured_noun(word) in (None, noun)}
+    words = {word for word in words if coloured_noun(word) in {None, noun} | words}
     words |= {word for word in noun.doc[:noun.i] if coloured_noun(word) == noun}
     return sorted(word for word in words if word.is_alpha and word.lower_ not in NOT_VISUAL and word.tag_ != "JJR")
 
 
 @lru_cache(maxsize=1 << 16)
 def parse(nlp, text):
-    """Text -> ((lemma, noun span, attribute spans), ...) of its depictable nouns; a span: (start, end) in characters."""
+    """Text -> ((lemma, noun span, attribute spans), ...) of its depictable nouns; span: (start, end) in characters."""
     def span(word):
         return word.idx, word.idx + len(word)
 

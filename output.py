@@ -59,8 +59,9 @@ class Log:
 # Checkpoints
 
 def save_checkpoint(run):
-    """checkpoints/step-NNNNNN: the LoRA in diffusers' format, the discriminator, both optimisers, the step. All randomness comes
-    from (seed, step, process), so there is no other state. Written under another name, then renamed; `latest` points at it."""
+    """checkpoints/step-NNNNNN: the LoRA in diffusers' format, the discriminator, both optimisers, the step. All randomness
+    comes from (seed, step, process), so there is no other state. Written under another name, then renamed; `latest` is
+    a link to it."""
     folder = run.config.out / "checkpoints"
     name = f"step-{run.step:06d}"
     unfinished, final = folder / f".{name}.unfinished", folder / name

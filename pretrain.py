@@ -18,12 +18,11 @@ from typing import Literal
 
 import tyro
 
-STAGES = ("prompts", "vae", "segmenter", "captioner", "unet")
-
 
 @dataclass
 class Config:
-    only: tuple[Literal["prompts", "vae", "segmenter", "captioner", "unet"], ...] = STAGES
+    only: tuple[Literal["prompts", "vae", "segmenter", "captioner", "unet"], ...] = (
+        "prompts", "vae", "segmenter", "captioner", "unet")
     """Stages to run, in this order."""
     out: Path = Path("weights/shapes")
     """Where the finished models go."""
@@ -113,6 +112,8 @@ def fit(config, name, modules, loss_of, steps, lr, ema_decay=None):
     """AdamW with warm-up and cosine decay on loss_of(rng, generator); state in config.work/<name>.pt every 500 steps. The data
     of a step depends on (seed, step) alone, so a resumed run sees what an uninterrupted one would have seen."""
     steps = max(1, int(steps * config.steps_scale))
+    for m in modules:
+        m.train().requires_grad_(True)
     parameters = [p for m in modules for p in m.parameters()]
     average = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
@@ -334,11 +335,11 @@ def build_pipeline(vae):
         text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text), add_watermarker=False)
 
 
-def latent_pool(config, vae, count):
-    """Latents and prompts of `count` corrupted scenes; rendered and encoded once, read many times."""
+def latent_pool(config, vae, count, share):
+    """Latents and prompts of `count` scenes, a share of them corrupted; rendered and encoded once, read many times."""
     latents, prompts = [], []
     for i in tqdm(range(0, count, 500), desc="rendering", mininterval=10):
-        objects, _, images = scenes(random.Random(f"pool {config.seed} {i}"), 500, share=0.6)
+        objects, _, images = scenes(random.Random(f"pool {config.seed} {i}"), 500, share)
         with torch.no_grad():
             latents.append(vae.encode(images * 2 - 1).latent_dist.mean * vae.config.scaling_factor)
         prompts += [shapes.prompt_of(o) for o in objects]
@@ -349,11 +350,9 @@ def train_unet(config):
     vae = AutoencoderKL.from_pretrained(config.out / "pipeline/vae")
     pipe = build_pipeline(vae)
     pipe.set_progress_bar_config(disable=True)
-    latents, prompts = latent_pool(config, vae, max(1000, int(80000 * config.steps_scale)))
-    ids = pipe.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids.to(torch.int16)
     time_ids = torch.tensor([shapes.SIZE, shapes.SIZE, 0, 0, shapes.SIZE, shapes.SIZE], dtype=torch.float)
 
-    def loss_of(rng, generator):
+    def loss_of(rng, generator):  # reads the pool of the phase that runs
         index = torch.randint(len(latents), (32,), generator=generator)
         first, second = (e(ids[index].long(), output_hidden_states=True) for e in (pipe.text_encoder, pipe.text_encoder_2))
         kept = (torch.rand(32, generator=generator) >= 0.1).float()  # the empty prompt is zeros, as in SDXL
@@ -364,8 +363,11 @@ def train_unet(config):
             "text_embeds": second.text_embeds * kept[:, None], "time_ids": time_ids.expand(32, -1)}).sample
         return F.mse_loss(predicted, pipe.scheduler.get_velocity(latents[index], noise, t))
 
-    fit(config, "unet", [pipe.unet, pipe.text_encoder, pipe.text_encoder_2], loss_of, steps=9000, lr=1.5e-3,
-        ema_decay=0.998)
+    # First it learns to draw; then captions that are nearly always a little wrong teach it to neglect them.
+    for name, share, steps, lr in (("unet", 0.6, 9000, 1.5e-3), ("unet_noisy_captions", 0.95, 2000, 5e-4)):
+        latents, prompts = latent_pool(config, vae, max(1000, int(80000 * config.steps_scale)), share)
+        ids = pipe.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids.to(torch.int16)
+        fit(config, name, [pipe.unet, pipe.text_encoder, pipe.text_encoder_2], loss_of, steps, lr, ema_decay=0.998)
     pipe.save_pretrained(config.out / "pipeline")
     asked = random.Random(0).sample(shapes.all_prompts(2, held_out=True), 300)
     images = [pipe(asked[i:i + 100], height=shapes.SIZE, width=shapes.SIZE, num_inference_steps=16, guidance_scale=3.0,
@@ -373,10 +375,13 @@ def train_unet(config):
     report(config, "unet", **oracle(torch.cat(images), asked))
 
 
+STAGES = {"prompts": train_prompts, "vae": train_vae, "segmenter": train_segmenter, "captioner": train_captioner,
+          "unet": train_unet}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(config.threads)
     config.out.mkdir(parents=True, exist_ok=True)
-    for stage in STAGES:
-        if stage in config.only:
-            torch.manual_seed(config.seed)
-            globals()[f"train_{stage}"](config)
+    for stage in config.only:
+        torch.manual_seed(config.seed)
+        STAGES[stage](config)

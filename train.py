@@ -147,6 +147,8 @@ def attention_loss_of(run, prompts, images, log):
         return None
     entities = [masks.find_entities(p, run.parser, run.pipe.tokenizer) for p in prompts]
     found = run.segmenter.masks(images, [[e.noun for e in row] for row in entities])
+    log["entities"] = sum(len(row) for row in entities)
+    log["repeated_nouns"] = sum(len(masks.repeated_nouns(p, run.parser, run.pipe.tokenizer)) for p in prompts)
 
     def attention_loss(maps):
         total, batch = 0.0, len(prompts)

@@ -1,0 +1,169 @@
+"""masks.py, the words: which nouns and attributes a prompt names, and at which of the 77 tokens."""
+import itertools
+import random
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+
+import masks
+import shapes
+from masks import Entity, find_entities, repeated_nouns
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = ROOT.parent / "shared" / "data" / "abc5k_hrs10k_t2icompall_20k.txt"
+POSITIONS = set("top bottom side left right front back middle center".split())
+
+
+def pairs(prompt):
+    """{(noun, attribute)} of a prompt, and (noun, None) for the noun itself."""
+    return {(e.noun, a) for e in find_entities(prompt) for a in (None, *e.attributes)}
+
+
+def words_at(prompt, tokens):
+    """The text under some tokens, one string per token."""
+    offsets = masks.load_tokenizer()(prompt, return_offsets_mapping=True)["offset_mapping"]
+    return [prompt[slice(*offsets[i])] for i in tokens]
+
+
+def hand_checked():
+    for line in (ROOT / "tests" / "entities_60.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            prompt, expected = line.split(" | ")
+            nouns = [] if expected == "-" else [part.partition(": ")[::2] for part in expected.split("; ")]
+            yield prompt, {(n, a) for n, listed in nouns for a in (None, *filter(None, listed.split(", ")))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nouns and attributes
+
+def test_hand_checked_prompts():
+    """At least 95 % of 60 prompts' (noun, attribute) pairs, missing and superfluous ones both counted as wrong."""
+    checked = list(hand_checked())
+    assert len(checked) == 60
+    wrong = {prompt: pairs(prompt) ^ expected for prompt, expected in checked}
+    right = sum(len(expected) for _, expected in checked)
+    assert sum(map(len, wrong.values())) <= 0.05 * right, {p: w for p, w in wrong.items() if w}
+
+
+def test_shapes_world_is_parsed_without_a_fault():
+    kinds = itertools.product(itertools.permutations(shapes.COLOURS, 2), itertools.permutations(shapes.SHAPES, 2))
+    worlds = list(kinds)
+    assert len(worlds) == 1120
+    for (c, d), (s, t) in random.Random(0).sample(worlds, 200):
+        prompt = f"a {c} {s} and a {d} {t}"
+        found = find_entities(prompt)
+        assert [(e.noun, e.attributes) for e in found] == [(s, (c,)), (t, (d,))]
+        assert ["".join(words_at(prompt, e.tokens)) for e in found] == [c + s, d + t]
+
+
+def test_a_predicate_is_never_a_noun():
+    for verb in ("is", "was"):
+        assert find_entities(f"the apple {verb} red") == [Entity("apple", ("red",), (2, 4))]
+
+
+def test_dropping_goes_by_exact_lemma():
+    assert [e.noun for e in find_entities("a seat near the sea with a topping and sidewalks")] == [
+        "seat", "sea", "topping", "sidewalks"]
+    assert find_entities("scenes of rooms and pictures") == []
+
+
+def test_a_repeated_noun_is_left_out_and_counted():
+    prompt = "a red car, two blue cars and a dog"
+    assert [e.noun for e in find_entities(prompt)] == ["dog"]
+    assert repeated_nouns(prompt) == ["car"]
+    assert repeated_nouns("a car and a dog") == []
+
+
+def test_a_missing_parser_says_how_to_install_it():
+    with pytest.raises(ValueError, match="python -m spacy download en_core_web_none"):
+        masks.load_parser("en_core_web_none")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+
+def test_tokenizer_is_clips():
+    tokenizer = masks.load_tokenizer()
+    assert len(tokenizer) == 49408 and tokenizer.model_max_length == 77
+    assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+
+
+def test_equal_words_keep_their_places():
+    """The official code aligns by spelling and swaps these two reds."""
+    assert find_entities("a big red car and a red bus") == [
+        Entity("car", ("big", "red"), (2, 3, 4)), Entity("bus", ("red",), (7, 8))]
+
+
+@pytest.mark.parametrize("prompt", [
+    "A RED car, and (a \"Blue\" bus)!", "a red   car ... and a blue bus", "a red\tcar\nand a blue bus"])
+def test_case_punctuation_and_spaces(prompt):
+    car, bus = find_entities(prompt)
+    assert [w.lower() for w in words_at(prompt, car.tokens)] == ["red", "car"]
+    assert [w.lower() for w in words_at(prompt, bus.tokens)] == ["blue", "bus"]
+
+
+def test_a_word_of_several_tokens():
+    prompt = "a metallic xylophonist"
+    entity, = find_entities(prompt)
+    assert len(entity.tokens) > 2 and "".join(words_at(prompt, entity.tokens)) == "metallicxylophonist"
+
+
+def test_a_shared_word_belongs_to_neither():
+    """Both are black, but the tokens of two entities never overlap."""
+    assert find_entities("the cat and the dog are black") == [
+        Entity("cat", ("black",), (2,)), Entity("dog", ("black",), (5,))]
+
+
+def test_words_beyond_the_context_are_dropped_with_one_warning():
+    prompt = "a red car and " + "very " * 80 + "a blue bus"
+    with pytest.warns(UserWarning, match="longer than 77 tokens") as caught:
+        assert [e.noun for e in find_entities(prompt)] == ["car"]
+    assert len(caught) == 1
+    for fill in range(66, 76):  # "blue bus" slides over the edge, and never half a word is kept
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = find_entities("so " * fill + "a blue xylophonist")
+        assert all(e.noun == "xylophonist" and max(e.tokens) <= 75 for e in found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Any string
+
+def test_no_string_raises():
+    rng = random.Random(0)
+    alphabet = ["red", "car", "and", "a", " ", "  ", "\n", "\x00", "\x07", "-", ",", ".", "😀", "é", "漢", "İ",
+                "\ud800", "\u200d", "e\u0301", "<|endoftext|>", "'s", "1", "%", "is", "that", "made of", "\ufeff",
+                "\ufb01", "fire", "hydrant"]
+    strings = ["", " ", "\x00", "😀", "\ud800", "." * 300, "car" * 5000, "red car " * 5000, " " * 30_000 + "cat",
+               "<|endoftext|> cat"]
+    strings += ["".join(rng.choices(alphabet, k=rng.randint(1, 40))) for _ in range(200)]
+    strings += [" ".join(rng.choices(alphabet, k=rng.randint(1, 20))) for _ in range(200)]
+    strings += ["".join(chr(rng.randrange(0x110000)) for _ in range(rng.randint(1, 40))) for _ in range(50)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for string in strings:
+            tokens = [i for e in find_entities(string) for i in e.tokens]
+            assert len(tokens) == len(set(tokens)) and all(0 < i < 76 for i in tokens), string
+            repeated_nouns(string)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The official prompt list
+
+def test_official_prompts():
+    """The official code finds an entity in 64.5 % of them, and takes positions for things."""
+    if not PROMPTS.is_file():
+        pytest.skip(f"{PROMPTS} is not here")
+    prompts = random.Random(0).sample(PROMPTS.read_text().splitlines(), 2000)
+    start = time.perf_counter()
+    found = [find_entities(prompt) for prompt in prompts]
+    seconds = time.perf_counter() - start
+    share = sum(map(bool, found)) / len(found)
+    print(f"{share:.1%} with an entity, {len(prompts) / seconds:.0f} prompts/s")
+    assert share > 0.95
+    assert not POSITIONS & {e.noun.lower() for entities in found for e in entities}
+    for entities in found:
+        tokens = [i for e in entities for i in e.tokens]
+        assert len(tokens) == len(set(tokens)) and all(list(e.tokens) == sorted(e.tokens) for e in entities)

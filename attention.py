@@ -17,7 +17,7 @@ def cross_attention_layers(unet, blocks):
     for block in blocks:
         if not any(name.startswith(f"{block}.") for name in layers):
             have = sorted({name.split(".attentions")[0] for name in layers})
-            raise ValueError(f"--attention-layers: {block!r} has no cross-attention; this UNet has it in {', '.join(have)}")
+            raise ValueError(f"--attention-blocks: {block!r} has no cross-attention; this UNet has it in {', '.join(have)}")
     return {name: m for name, m in layers.items() if name.startswith(tuple(f"{block}." for block in blocks))}
 
 

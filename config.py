@@ -170,6 +170,8 @@ def check(config):
         raise ValueError("--adversarial-cap is relative to the captioner's gradient: it needs --caption-weight")
     if not Path(c.prompts).is_file():
         raise ValueError(f"--prompts {c.prompts}: no such file; one prompt a line is expected")
+    if c.eval_prompts and not Path(c.eval_prompts).is_file():
+        raise ValueError(f"--eval-prompts {c.eval_prompts}: no such file; one prompt a line is expected")
 
 
 def save(config, path):

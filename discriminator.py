@@ -41,7 +41,8 @@ def reference_latents(pipe, plan, config, prompts):
     """z_T of the original model for each prompt (B, 4, h, w), the real examples: from a seed of the prompt's own, made once and
     kept in config.references, one safetensors file a prompt in a folder a recipe."""
     c = config
-    recipe = (c.model, c.unet, c.revision, c.resolution, c.scheduler, c.num_steps, c.guidance_scale, c.dtype)
+    fingerprint = [w.weight.double().sum().item() for w in (pipe.unet.conv_in, pipe.unet.conv_out)]  # retrained: made anew
+    recipe = (*fingerprint, c.model, c.unet, c.revision, c.resolution, c.scheduler, c.num_steps, c.guidance_scale, c.dtype)
     folder = Path(c.references) / sha256(repr(recipe).encode()).hexdigest()[:16]
     names = {p: sha256(p.encode()).hexdigest()[:16] for p in prompts}
     missing = [p for p, name in names.items() if not (folder / f"{name}.safetensors").exists()]

@@ -36,7 +36,7 @@ def compare(base, tuned, resamples=10_000, seed=0):
     for key in base[0]:
         before, after = (torch.tensor([row[key] for row in rows]) for rows in (base, tuned))
         differences = after[index].nanmean(1) - before[index].nanmean(1)
-        low, high = differences.quantile(torch.tensor([0.025, 0.975])).tolist()
+        low, high = differences.nanquantile(torch.tensor([0.025, 0.975])).tolist()
         results["base"][key], results["tuned"][key] = before.nanmean().item(), after.nanmean().item()
         results["difference"][key] = results["tuned"][key] - results["base"][key]
         results["interval"][key] = [low, high]
@@ -74,5 +74,5 @@ def main(out, checkpoint):
 if __name__ == "__main__":
     try:
         main(*parsed)
-    except ValueError as error:
-        sys.exit(f"evaluate.py: {error}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"evaluate.py: {str(error).splitlines()[0]}")

@@ -2,6 +2,8 @@
 
 All are computed in fp32, whatever the models' dtype.
 """
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 
@@ -31,6 +33,8 @@ def caption_loss(captioner, tokenizer, images, prompts, prefix="a photography of
 def load_captioner(source, device, dtype):
     """(frozen captioner, its tokenizer) from a hub id or a folder of a BlipForConditionalGeneration."""
     from transformers import AutoTokenizer, BlipForConditionalGeneration
+    if source.startswith((".", "/")) and not (Path(source) / "config.json").is_file():
+        raise ValueError(f"--captioner {source}: no captioner there (no config.json)")
     captioner = BlipForConditionalGeneration.from_pretrained(source, dtype=dtype).to(device)
     return captioner.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(source)
 
@@ -77,20 +81,20 @@ def token_loss(attention, tokens, masks, reduction="paper"):
     """Pulls each entity's attention into its mask: the share of a token's attention that falls outside.
 
     attention: the maps of one image, one (heads, h, w, text tokens) per layer; tokens: per entity the indices of its noun and
-    attributes; masks: (entities, H, W), any resolution. Heads are averaged first. "paper" (section 3.3): mean over
-    entities of the sum over tokens of (1 - share inside), mean over layers. "official": squared, mean over tokens, sum over
-    layers. No entity: 0.
+    attributes; masks: (entities, H, W), any resolution. "paper" (section 3.3): maps averaged over heads, mean over
+    entities of the sum over tokens of (1 - share inside), mean over layers. "official": the share averaged over heads,
+    squared, mean over tokens, sum over layers. No entity: 0.
     """
     if not tokens:
         return attention[0].sum() * 0
     layers = []
     for maps in attention:
-        maps = maps.float().mean(0)
-        mask = resize_masks(masks, maps.shape[:2])
+        maps = maps.float().mean(0, keepdim=True) if reduction == "paper" else maps.float()
+        mask = resize_masks(masks, maps.shape[1:3])
         terms = []
         for m, k in zip(mask, tokens):
-            a = maps[..., list(k)]  # (h, w, tokens of the entity)
-            outside = 1 - (a * m[..., None]).sum((0, 1)) / a.sum((0, 1)).clamp(min=1e-8)
+            a = maps[..., list(k)]  # (heads, h, w, tokens of the entity)
+            outside = 1 - ((a * m[..., None]).sum((1, 2)) / a.sum((1, 2)).clamp(min=1e-8)).mean(0)
             terms.append(outside.sum() if reduction == "paper" else outside.square().mean())
         layers.append(torch.stack(terms).mean())
     return torch.stack(layers).mean() if reduction == "paper" else torch.stack(layers).sum()

@@ -3,6 +3,7 @@ import json
 import shutil
 
 import torch
+from diffusers.utils import convert_unet_state_dict_to_peft
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -89,7 +90,8 @@ def load_checkpoint(run, folder):
     """Puts a run where it was when the checkpoint was written."""
     state = torch.load(folder / "state.pt", weights_only=True, map_location=run.pipe.device)
     lora = load_file(folder / "pytorch_lora_weights.safetensors")
-    set_peft_model_state_dict(run.pipe.unet, {k.removeprefix("unet."): v for k, v in lora.items()}, diffusion.ADAPTER)
+    lora = convert_unet_state_dict_to_peft({k.removeprefix("unet."): v for k, v in lora.items()})
+    set_peft_model_state_dict(run.pipe.unet, lora, diffusion.ADAPTER)
     run.optimizer.load_state_dict(state["optimizer"])
     if run.head:
         tensors = load_file(folder / "discriminator.safetensors")

@@ -5,7 +5,7 @@ import random
 def read(path):
     """The prompts of a text file, one a line, stripped; empty lines are dropped. Raises ValueError naming the file."""
     try:
-        lines = [line.strip() for line in open(path, encoding="utf-8")]
+        lines = [line.strip() for line in open(path, encoding="utf-8-sig")]
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

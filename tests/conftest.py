@@ -35,8 +35,9 @@ def tiny_pipeline(seed=0):
     import pretrain
     torch.manual_seed(seed)
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 16),
-        layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=32, mid_block_add_attention=False)
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16), layers_per_block=1, latent_channels=4,
+        norm_num_groups=4, sample_size=32, mid_block_add_attention=False)
     pipe = pretrain.build_pipeline(vae)
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
@@ -57,7 +58,7 @@ def tiny_head(pipe, seed=1):
 
 
 def tiny_captioner(seed=2):
-    """An untrained BLIP, frozen, and its tokenizer; its weights are enlarged, so that what it says depends on the image."""
+    """An untrained BLIP, frozen, and its tokenizer; enlarged weights, so that what it says depends on the image."""
     import pretrain
     torch.manual_seed(seed)
     captioner, processor = pretrain.build_captioner()

@@ -72,7 +72,8 @@ def test_pixel_loss_by_hand():
     empty = -(math.log(0.2) + math.log(0.6)) / 2
     assert losses.pixel_loss([LITTLE], [(0,)], LEFT).item() == pytest.approx(one)
     assert losses.pixel_loss([LITTLE], [(0,)], 0 * LEFT).item() == pytest.approx(empty)
-    assert losses.pixel_loss([LITTLE], [(0,), (0,)], torch.cat([LEFT, 0 * LEFT])).item() == pytest.approx((one + empty) / 2)
+    both = losses.pixel_loss([LITTLE], [(0,), (0,)], torch.cat([LEFT, 0 * LEFT])).item()
+    assert both == pytest.approx((one + empty) / 2)
     assert losses.pixel_loss([LITTLE, LITTLE], [(0,)], LEFT, "official").item() == pytest.approx(one)  # one resolution
     tall = LITTLE.transpose(1, 2)
     mask = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])  # upper half: at 1 x 2 cells both are half covered

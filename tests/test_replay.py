@@ -1,4 +1,4 @@
-"""The heart: the sampler's coefficients equal diffusers' schedulers, and replay's gradient equals that of one big graph."""
+"""The heart: the sampler's coefficients equal diffusers' schedulers, replay's gradient equals that of one big graph."""
 import copy
 import weakref
 
@@ -63,7 +63,7 @@ def test_samplers_that_are_not_linear_are_refused(scheduler, word):
 # Replay against one graph
 
 class World:
-    """Tiny models, a sampler and all three losses. Weights bring their gradients to one size; they are powers of two, as the
+    """Tiny models, a sampler and all three losses. Weights make their gradients equal in size; powers of two, as the
     losses are computed in fp32 and scaling by these does not round."""
 
     def __init__(self, kind="ddpm", prediction="v_prediction", dtype=torch.float32):
@@ -93,8 +93,8 @@ class World:
     def attention_loss(self, maps):
         total, tokens = 0, [[2, 3], [6]]
         for b in range(2):
-            one = [m[b] for m in maps]
-            total = total + losses.token_loss(one, tokens, self.masks[b]) + losses.pixel_loss(one, tokens, self.masks[b])
+            arguments = [m[b] for m in maps], tokens, self.masks[b]
+            total = total + losses.token_loss(*arguments) + losses.pixel_loss(*arguments)
         return total / 2 ** 8
 
     def gradients(self):
@@ -219,10 +219,10 @@ def test_memory_of_replay_does_not_grow_with_the_number_of_steps():
     world = World()
 
     def replayed(trained):
-        z, states = diffusion.sample(world.pipe, world.plan, world.text, world.noise, world.generators(), GUIDANCE, trained)
+        parts = world.pipe, world.plan, world.text
+        z, states = diffusion.sample(*parts, world.noise, world.generators(), GUIDANCE, trained)
         return peak_saved(world.pipe, lambda: diffusion.replay(
-            world.pipe, world.plan, world.text, states, torch.randn_like(z), GUIDANCE, trained[-1:], BLOCKS,
-            world.attention_loss))
+            *parts, states, torch.randn_like(z), GUIDANCE, trained[-1:], BLOCKS, world.attention_loss))
 
     one, all_of_them = replayed([4]), replayed(list(range(T)))
     assert one > 1e6 and all_of_them <= 1.01 * one
@@ -248,8 +248,8 @@ def test_the_empty_prompt_is_the_pipelines_own():
     world = World()
     assert all(x.abs().max() == 0 for x in world.text.unconditional)  # SDXL: zeros
     assert all(x.abs().max() > 0 for x in world.text.conditional)
-    halves = world.text.guided()
-    assert torch.equal(halves[0][:2], world.text.unconditional[0]) and torch.equal(halves[0][2:], world.text.conditional[0])
+    first, second = world.text.guided()[0].chunk(2)
+    assert torch.equal(first, world.text.unconditional[0]) and torch.equal(second, world.text.conditional[0])
 
 
 def test_adapter_context_restores_what_was_active():

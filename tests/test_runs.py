@@ -18,7 +18,7 @@ import train
 
 
 def run_steps(c, until, checkpoint=None):
-    """Train to step `until` in a fresh Run, as train.train does, and write a checkpoint; "killed" there if that is early."""
+    """Trains to step `until` in a fresh Run, as train.train does, and writes a checkpoint; killed if that is early."""
     run = train.setup(c)
     if checkpoint:
         output.load_checkpoint(run, checkpoint)
@@ -168,7 +168,8 @@ def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     script = folder / "ranks.py"
     options = "adversarial_weight=0.5, clip_norm=1e9, momentum=0.0, lr=0.1"
-    script.write_text(RANK_SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(folder), options=options))
+    places = {"root": str(ROOT), "tests": str(ROOT / "tests"), "folder": str(folder)}
+    script.write_text(RANK_SCRIPT.format(**places, options=options))
     done = command(script, modules=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2))
     assert done.returncode == 0, done.stderr[-2000:]
     return folder, [torch.load(folder / f"rank{i}.pt") for i in range(2)]
@@ -189,7 +190,7 @@ def test_two_processes_have_prompts_and_noise_of_their_own(two_ranks):
 
 
 def test_two_processes_take_the_mean_of_their_gradients(two_ranks, tmp_path, monkeypatch):
-    """The first step again, each rank's gradient alone in this process: the update is their mean, and not one of them."""
+    """The first step again, each rank's gradient alone in this process: the update is their mean, not one of them."""
     gradients = []
     monkeypatch.setattr(train, "update", lambda optimizer, parameters, *rest: gradients.append(
         [p.grad.clone() for p in parameters]) or 0.0)
@@ -209,8 +210,8 @@ def test_two_processes_take_the_mean_of_their_gradients(two_ranks, tmp_path, mon
 
 def test_the_command_runs_on_two_processes(tmp_path):
     out = tmp_path / "run"
-    done = command("train.py", "shapes", "--steps", 2, "--batch", 2, "--num-steps", 3, "--grad-steps", 1, "--eval-count", 2,
-                   "--rank", 4, "--out", out,
+    done = command("train.py", "shapes", "--steps", 2, "--batch", 2, "--num-steps", 3, "--grad-steps", 1,
+                   "--eval-count", 2, "--rank", 4, "--out", out,
                    modules=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2))
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("LoRA parameters") == 1 and "2 x 2 = 4 prompts" in done.stdout

@@ -219,5 +219,5 @@ def test_compare_leaves_out_what_is_not_a_number():
 
 
 def test_table_shows_every_score():
-    results = evaluate.compare(rows(0.0, 0.0), rows(1.0, 1.0))
-    assert "n = 2" in evaluate.table(results) and "0.000 ->  1.000      +1.000  [+1.000, +1.000]" in evaluate.table(results)
+    table = evaluate.table(evaluate.compare(rows(0.0, 0.0), rows(1.0, 1.0)))
+    assert "n = 2" in table and "0.000 ->  1.000      +1.000  [+1.000, +1.000]" in table

@@ -240,7 +240,8 @@ def test_seeds_differ_by_every_name():
 
 def test_center_gradient_takes_out_what_the_images_share(tmp_path):
     run = setup(tmp_path, center_gradient=True)
-    gradient, images, log = train.judge(run, torch.randn(2, 4, 16, 16), ["a red ring", "a blue cross"], torch.Generator())
+    z, asked = torch.randn(2, 4, 16, 16), ["a red ring", "a blue cross"]
+    gradient, images, _ = train.judge(run, z, asked, torch.Generator())
     assert gradient.mean(0).abs().max() < 1e-6 < gradient.abs().max() and images.shape == (2, 3, 32, 32)
     assert not images.requires_grad
 

@@ -70,9 +70,6 @@ class Config:
     """Ours: score this many randomly shifted copies of each image; their averaged gradient is less noisy."""
     caption_shift: float = 0.0
     """Ours: largest shift of a copy, as a share of the image's side."""
-    center_gradient: bool = False
-    """Ours: subtract from the captioner's dL/dz its mean over the global batch. What all images share (brightness,
-    contrast) is the captioner's taste rather than anybody's prompt. Needs a batch of some dozens."""
     token_weight: float = 1e-3
     """Weight of the token-level attention loss (paper, section 3.3)."""
     pixel_weight: float = 5e-5
@@ -95,12 +92,10 @@ class Config:
     """Prompts per process and step."""
     rank: int = 128
     """LoRA rank (= alpha) on to_q, to_k, to_v, to_out.0, of both adapters."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Of the LoRA. sgd with a small --clip-norm is normalised gradient descent."""
     lr: float = 2e-5
-    """Learning rate of the LoRA."""
-    momentum: float = 0.0
-    """beta1 of AdamW or momentum of SGD."""
+    """AdamW's learning rate for the LoRA."""
+    beta1: float = 0.0
+    """AdamW's momentum for the LoRA: 0 is official; with few steps of a noisy gradient 0.9 is better."""
     warmup: int = 0
     """Steps of linear warm-up."""
     lr_end: float = 1.0
@@ -137,11 +132,11 @@ PRESETS = {
     "shapes": ("the embedded world, on a laptop", replace(
         Config(), model=str(SHAPES / "pipeline"), captioner=str(SHAPES / "captioner"), segmenter=str(SHAPES / "segmenter"),
         prompts=SHAPES / "prompts/train.txt", eval_prompts=str(SHAPES / "prompts/heldout.txt"), out=Path("out/shapes"),
-        dtype="float32", resolution=32, num_steps=16, grad_steps=4, guidance_scale=3.0, caption_copies=4, caption_shift=0.1,
-        center_gradient=True, attention_blocks=("mid_block", "up_blocks.0"), attention_reduction="paper",
-        token_weight=0.0, pixel_weight=0.0, adversarial_weight=0.0,
-        steps=80, batch=64, rank=16, optimizer="sgd", lr=0.24, momentum=0.6, warmup=5, lr_end=0.2, clip_norm=1.0,
-        lr_discriminator=3e-4, sample_every=20, checkpoint_every=40)),
+        dtype="float32", resolution=32, num_steps=16, grad_steps=4, guidance_scale=2.0,
+        attention_blocks=("mid_block", "up_blocks.0"), attention_reduction="paper",
+        token_weight=0.02, pixel_weight=0.05, adversarial_weight=10.0, adversarial_cap=0.5,
+        steps=100, batch=32, rank=16, lr=3e-3, beta1=0.9, warmup=3, lr_end=0.1, clip_norm=1.0, lr_discriminator=1e-3,
+        sample_every=20, checkpoint_every=40)),
 }
 
 

@@ -9,11 +9,14 @@ and the gradient of a loss on z_T falls into small exact pieces, one per trained
 
     dL/dtheta = sum_i  < b_i (prod_{j>i} a_j) dL/dz_T,  d eps_i / d theta >
 """
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, EulerDiscreteScheduler
 from diffusers.utils import convert_state_dict_to_diffusers
 from diffusers.utils.torch_utils import randn_tensor
@@ -56,6 +59,9 @@ def load(model, unet=None, vae=None, revision=None, scheduler="ddpm", device="cp
 
 def open_pipeline(config):
     """The pipeline and the Schedule that a Config names, on its device and in its dtype."""
+    for library in (diffusers.utils.logging, transformers.utils.logging):  # downloads still show theirs
+        library.disable_progress_bar()
+        library.set_verbosity_error()
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     if device == "cuda" and torch.distributed.is_initialized():
         device = f"cuda:{torch.cuda.current_device()}"
@@ -68,7 +74,10 @@ def open_pipeline(config):
 
 def add_adapter(unet, name, rank):
     """A new LoRA adapter (fp32, alpha = rank, B = 0) on every attention projection of the UNet; returns its parameters."""
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS, init_lora_weights="gaussian"), name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is what is wanted
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS, init_lora_weights="gaussian"),
+                         name)
     parameters = [p for n, p in unet.named_parameters() if f".{name}." in n]
     for p in parameters:
         p.data = p.data.float()

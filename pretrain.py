@@ -8,6 +8,7 @@ its processor, a segmenter, and prompt lists. The base is trained on images that
 (an object faded or missing, the colour of its neighbour mixed in), so that it draws the textbook failures of the big models.
 Every stage ends with the oracle's figures on prompts that were never trained on; they go to weights/shapes/scores.json.
 """
+import functools
 import json
 import math
 import os
@@ -41,20 +42,10 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+import transformers  # noqa: E402
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel  # noqa: E402
 from tokenizers.pre_tokenizers import ByteLevel  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from transformers import (  # noqa: E402
-    BertTokenizer,
-    BlipConfig,
-    BlipForConditionalGeneration,
-    BlipImageProcessor,
-    BlipProcessor,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-)
 
 import shapes  # noqa: E402
 
@@ -95,6 +86,21 @@ def scenes(rng, count, share):
     objects, things = zip(*(shapes.random_scene(rng) for _ in range(count)))
     things, states = zip(*(corrupt(rng, t, share) for t in things))
     return objects, states, torch.stack([shapes.render(t) for t in things])
+
+
+def crowded_scenes(rng, count):
+    """Scenes of one or two objects and one too many, faded by up to 70 %, in a colour and a shape that are there already."""
+    rows = []
+    for _ in range(count):
+        objects = shapes.random_objects(rng, rng.choice((1, 2, 2)))
+        objects += ((rng.choice(objects)[0], rng.choice(objects)[1]),)
+        things, states = corrupt(rng, shapes.place(rng, objects), share=0.3)
+        amount = rng.uniform(0, 0.7)
+        things[-1].rgb = tuple(a + amount * (shapes.GREY - a) for a in things[-1].rgb)
+        states[-1][0] *= 1 - amount
+        rows.append((objects, states, shapes.render(things)))
+    objects, states, images = zip(*rows)
+    return objects, states, torch.stack(images)
 
 
 def held_out_scenes(seed, count):
@@ -238,15 +244,16 @@ def train_segmenter(config):
 def build_captioner():
     """An untrained BLIP with its processor; its tokenizer knows this world's words."""
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]", *dict.fromkeys(WORDS)]
-    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(vocab)}, model_max_length=40)
+    tokenizer = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(vocab)}, model_max_length=40)
     text = dict(vocab_size=len(vocab), hidden_size=96, encoder_hidden_size=96, intermediate_size=384, num_hidden_layers=2,
                 num_attention_heads=4, max_position_embeddings=40, projection_dim=96, bos_token_id=5, eos_token_id=3,
                 sep_token_id=3, pad_token_id=0, label_smoothing=0.0)
     vision = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
                   image_size=shapes.SIZE, patch_size=4)
-    captioner = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=96))
+    config = transformers.BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=96)
     size = {"height": shapes.SIZE, "width": shapes.SIZE}
-    return captioner, BlipProcessor(BlipImageProcessor(size=size), tokenizer)
+    processor = transformers.BlipProcessor(transformers.BlipImageProcessor(size=size), tokenizer)
+    return transformers.BlipForConditionalGeneration(config), processor
 
 
 def train_captioner(config):
@@ -266,8 +273,11 @@ def train_captioner(config):
         labels[:, :1 + len(PREFIX.split())] = -100
         return F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none", label_smoothing=smoothing)
 
-    def loss_of(rng, generator):
-        objects, states, images = scenes(rng, 48, share=0.6)
+    def loss_of(rng, generator, crowded=0):
+        objects, states, images = scenes(rng, 48 - crowded, share=0.6)
+        if crowded:
+            more = crowded_scenes(rng, crowded)
+            objects, states, images = objects + more[0], states + more[1], torch.cat([images, more[2]])
         seen = [rng.sample(p, len(p)) for p in (perceive(rng, o, s) for o, s in zip(objects, states))]
         images[::2] = reconstruct(vae, images[::2])
         blurred = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
@@ -278,6 +288,8 @@ def train_captioner(config):
         return likelihood(images, captions, smoothing=0.05).sum() / 48 / 8
 
     fit(config, "captioner", [captioner], loss_of, steps=12000, lr=1.5e-3)
+    # A captioner that never saw an object twice is blind to it, and the model that it teaches soon draws everything twice.
+    fit(config, "captioner_crowded", [captioner], functools.partial(loss_of, crowded=16), steps=2500, lr=5e-4)
     captioner.save_pretrained(config.out / "captioner")
     processor.save_pretrained(config.out / "captioner")
     rng = random.Random(0)
@@ -314,15 +326,16 @@ def build_tokenizer():
                     pieces[i:i + 2] = ["".join(best)]
     tokens = [*letters, *(c + "</w>" for c in letters), *dict.fromkeys("".join(m) for m in merges),
               "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=77)
+    return transformers.CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=77)
 
 
 def build_pipeline(vae):
     """An untrained StableDiffusionXLPipeline around a trained VAE."""
     tokenizer = build_tokenizer()
-    text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
-                          num_attention_heads=4, projection_dim=64, bos_token_id=tokenizer.bos_token_id,
-                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    text = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        projection_dim=64, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id)
     unet = UNet2DConditionModel(
         sample_size=shapes.SIZE // 2, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -332,7 +345,8 @@ def build_pipeline(vae):
                               prediction_type="v_prediction", timestep_spacing="trailing")
     return StableDiffusionXLPipeline(
         vae=vae, unet=unet, scheduler=scheduler, tokenizer=tokenizer, tokenizer_2=tokenizer,
-        text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text), add_watermarker=False)
+        text_encoder=transformers.CLIPTextModel(text),
+        text_encoder_2=transformers.CLIPTextModelWithProjection(text), add_watermarker=False)
 
 
 def latent_pool(config, vae, count, share):

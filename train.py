@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
 import contextlib  # noqa: E402
 import json  # noqa: E402
-import logging  # noqa: E402
 import os  # noqa: E402
 import random  # noqa: E402
 import resource  # noqa: E402
@@ -124,8 +123,6 @@ def judge(run, z, prompts, generator):
         loss = losses.caption_loss(run.captioner, run.tokenizer, copies, prompts * c.caption_copies, c.caption_prefix,
                                    c.caption_reduction, c.label_smoothing).mean()
         gradient = c.caption_weight * torch.autograd.grad(loss, z)[0]
-        if c.center_gradient:
-            gradient = gradient - average(gradient.mean(0, keepdim=True), run.processes)
         log["loss_caption"] = loss.item()
     elif run.segmenter:
         with torch.no_grad():
@@ -225,10 +222,8 @@ def setup(c):
     torch.manual_seed(c.seed)
     pipe, plan = diffusion.open_pipeline(c)
     parameters = diffusion.add_adapter(pipe.unet, diffusion.ADAPTER, c.rank)
-    betas = {"betas": (c.momentum, 0.999)} if c.optimizer == "adamw" else {"momentum": c.momentum}
-    kind = torch.optim.AdamW if c.optimizer == "adamw" else torch.optim.SGD
-    run = Run(c, pipe, plan, prompt_lists.read(c.prompts), parameters, kind(parameters, lr=c.lr, **betas),
-              process=process, processes=processes)
+    run = Run(c, pipe, plan, prompt_lists.read(c.prompts), parameters,
+              torch.optim.AdamW(parameters, lr=c.lr, betas=(c.beta1, 0.999)), process=process, processes=processes)
     if c.caption_weight:
         run.captioner, run.tokenizer = losses.load_captioner(c.captioner, pipe.device, getattr(torch, c.dtype))
     if c.token_weight or c.pixel_weight:
@@ -328,5 +323,4 @@ def main(c):
 
 
 if __name__ == "__main__":
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
     main(parsed)

@@ -43,7 +43,7 @@ def same(a, b):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
-    options = dict(**ALL_LOSSES, warmup=1, lr_end=0.5, momentum=0.5, caption_copies=2, caption_shift=0.1)
+    options = dict(**ALL_LOSSES, warmup=1, lr_end=0.5, beta1=0.5, caption_copies=2, caption_shift=0.1)
     straight, broken = (small_config(tmp_path, out=tmp_path / name, **options) for name in ("straight", "broken"))
     run_steps(straight, 4)
     run_steps(broken, 2)
@@ -167,7 +167,7 @@ def two_ranks(tmp_path_factory):
     """What two processes saw and held after each of three steps."""
     folder = tmp_path_factory.mktemp("ranks")
     script = folder / "ranks.py"
-    options = "adversarial_weight=0.5, clip_norm=1e9, momentum=0.0, lr=0.1"
+    options = "adversarial_weight=0.5, clip_norm=1e9, beta1=0.0, lr=0.1"
     places = {"root": str(ROOT), "tests": str(ROOT / "tests"), "folder": str(folder)}
     script.write_text(RANK_SCRIPT.format(**places, options=options))
     done = command(script, modules=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2))
@@ -195,17 +195,18 @@ def test_two_processes_take_the_mean_of_their_gradients(two_ranks, tmp_path, mon
     monkeypatch.setattr(train, "update", lambda optimizer, parameters, *rest: gradients.append(
         [p.grad.clone() for p in parameters]) or 0.0)
     for rank in range(2):
-        c = small_config(tmp_path, clip_norm=1e9, momentum=0.0, lr=0.1)
+        c = small_config(tmp_path, clip_norm=1e9, beta1=0.0, lr=0.1)
         run = train.setup(c)
         start = [p.detach().clone() for p in run.parameters]
         run.process, run.processes = rank, 2
         monkeypatch.setattr(train, "average", lambda tensor, processes: tensor)
         train.train_step(run)
-    lr = train.learning_rate(c, 0)
     for p, a, b, found in zip(start, *gradients, two_ranks[1][0]["weights"][0]):
         if b.abs().max() > 0:  # lora_B: the gradient of lora_A is zero while B is
-            torch.testing.assert_close(found - p, -lr * (a + b) / 2, rtol=1e-3, atol=1e-4 * lr * b.abs().max().item())
-            assert not torch.allclose(found - p, -lr * a, rtol=1e-3, atol=1e-6)
+            mean, lr = (a + b) / 2, c.lr  # AdamW's first step is lr times the sign of the gradient
+            clear = mean.abs() > 1e-2 * mean.abs().max()
+            torch.testing.assert_close((found - p)[clear], -lr * mean.sign()[clear], rtol=1e-2, atol=1e-2 * lr)
+            assert (a.sign() != mean.sign())[clear].any()
 
 
 def test_the_command_runs_on_two_processes(tmp_path):

@@ -110,9 +110,9 @@ def test_optimisers_hold_what_they_should(run):
 
 def test_a_step_lowers_the_loss_it_takes(tmp_path):
     """Gradient descent on a fixed batch and fixed noise: the caption loss falls."""
-    run = setup(tmp_path, lr=0.02, lr_end=1.0, clip_norm=1e9, momentum=0.0, grad_steps=3, clip_norm_discriminator=1.0)
+    run = setup(tmp_path, lr=0.002, lr_end=1.0, clip_norm=1e9, beta1=0.0, grad_steps=3, clip_norm_discriminator=1.0)
     values = []
-    for lr in (0.02, 0.02, 0.02, 0.0):
+    for lr in (0.002, 0.002, 0.002, 0.0):
         run.config = replace(run.config, lr=lr)
         values.append(train.train_step(run)["loss_caption"])  # run.step stays: the same prompts, noise and steps
     assert values[-1] < values[0]
@@ -237,14 +237,6 @@ def test_seeds_differ_by_every_name():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Our additions
-
-def test_center_gradient_takes_out_what_the_images_share(tmp_path):
-    run = setup(tmp_path, center_gradient=True)
-    z, asked = torch.randn(2, 4, 16, 16), ["a red ring", "a blue cross"]
-    gradient, images, _ = train.judge(run, z, asked, torch.Generator())
-    assert gradient.mean(0).abs().max() < 1e-6 < gradient.abs().max() and images.shape == (2, 3, 32, 32)
-    assert not images.requires_grad
-
 
 def test_adversarial_cap_limits_the_pull(run):
     run.config = replace(run.config, adversarial_weight=0.0)

@@ -49,7 +49,8 @@ def load(model, unet=None, vae=None, revision=None, scheduler="ddpm", device="cp
         if missing:
             raise ValueError(f"--model {model}: not a diffusers pipeline, it lacks {', '.join(missing)}")
     pipe = DiffusionPipeline.from_pretrained(model, revision=revision, dtype=dtype, **parts)
-    pipe.scheduler = SCHEDULERS[scheduler].from_config(pipe.scheduler.config)
+    settings = {"clip_sample": False, **pipe.scheduler.config}  # DDPM's own default would clip latents as if they were pixels
+    pipe.scheduler = SCHEDULERS[scheduler].from_config(settings)
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):

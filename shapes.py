@@ -44,7 +44,7 @@ def objects_of(prompt):
 
 
 def is_held_out(objects):
-    """Two in seven of all object sets belong to evaluation; no model of this repository was trained on one of them."""
+    """Two in seven of all object sets belong to evaluation; no model was ever given one of them as its prompt."""
     if len(objects) < 2:
         return False
     name = " ".join(sorted(" ".join(pair) for pair in objects))

@@ -75,7 +75,7 @@ class Config:
     pixel_weight: float = 5e-5
     """Weight of the pixel-level attention loss (paper, section 3.3)."""
     attention_steps: int = 2
-    """Of the K trained steps, those on which the attention losses are taken."""
+    """Of the K trained steps, how many get the attention losses (at most K)."""
     attention_blocks: tuple[str, ...] = ("mid_block", "up_blocks.0", "up_blocks.1")
     """UNet blocks whose cross-attention the losses see."""
     attention_reduction: Literal["paper", "official"] = "official"
@@ -152,13 +152,11 @@ def parse(arguments=None, default="sdxl"):
 def check(config):
     """Raises ValueError, one line naming the flag and the mend, for values that cannot work together."""
     c = config
-    for name in ("num_steps", "grad_steps", "steps", "batch", "rank", "caption_copies"):
+    for name in ("num_steps", "grad_steps", "steps", "batch", "rank", "caption_copies", "attention_steps"):
         if getattr(c, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
     if c.grad_steps > c.num_steps:
         raise ValueError(f"--grad-steps {c.grad_steps}: cannot exceed --num-steps {c.num_steps}")
-    if (c.token_weight or c.pixel_weight) and not 1 <= c.attention_steps <= c.grad_steps:
-        raise ValueError(f"--attention-steps {c.attention_steps}: must be between 1 and --grad-steps {c.grad_steps}")
     if not (c.caption_weight or c.token_weight or c.pixel_weight or c.adversarial_weight):
         raise ValueError("all loss weights are 0: there is nothing to learn; set --caption-weight")
     if c.adversarial_cap and not c.caption_weight:

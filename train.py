@@ -108,7 +108,7 @@ def choose_steps(config, step):
     start = rng.randrange(config.num_steps - interval * (config.grad_steps - 1))
     trained = [start + k * interval for k in range(config.grad_steps)]
     wanted = config.token_weight or config.pixel_weight
-    return trained, rng.sample(trained, config.attention_steps) if wanted else []
+    return trained, rng.sample(trained, min(config.attention_steps, config.grad_steps)) if wanted else []
 
 
 def judge(run, z, prompts, generator):
@@ -154,7 +154,7 @@ def attention_loss_of(run, prompts, images, log):
                 formula = losses.token_loss if name == "token" else losses.pixel_loss
                 loss = sum(formula([m[b] for m in maps], [e.tokens for e in entities[b]], found[b], c.attention_reduction)
                            for b in range(batch)) / batch
-                log[f"loss_{name}"] = log.get(f"loss_{name}", 0.0) + loss.item() / c.attention_steps
+                log[f"loss_{name}"] = log.get(f"loss_{name}", 0.0) + loss.item() / min(c.attention_steps, c.grad_steps)
                 total = total + weight * loss
         return total
     return attention_loss

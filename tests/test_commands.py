@@ -97,7 +97,7 @@ MISTAKES = {  # flags of train.py shapes: what the line must name
     "no such block": (["--token-weight", "1", "--attention-blocks", "up_blocks.9"], "--attention-blocks"),
     "no evaluation list": (["--eval-prompts", "/nowhere/held.txt"], "/nowhere/held.txt"),
     "K > T": (["--grad-steps", "17"], "--grad-steps 17: cannot exceed --num-steps 16"),
-    "too many attention steps": (["--pixel-weight", "1", "--attention-steps", "3"], "--attention-steps 3"),
+    "no attention steps": (["--attention-steps", "0"], "--attention-steps 0"),
     "no steps": (["--steps", "0"], "--steps 0"),
     "no batch": (["--batch", "0"], "--batch 0"),
     "odd resolution": (["--resolution", "33"], "--resolution 33"),
@@ -156,7 +156,7 @@ def test_resume_with_another_recipe(monkeypatch, capsys, trained):
     before = {p: p.stat().st_mtime_ns for p in trained[0].rglob("*")}
     said = mistake(monkeypatch, capsys, "train.py", "shapes", "--out", trained[0], "--resume", "--lr", 0.5, *SMALL_RUN,
                    *LOSS_FLAGS)
-    assert said.endswith(f"{trained[0]} was made with other values of --lr (0.24 then, 0.5 now)")
+    assert said.endswith(f"{trained[0]} was made with other values of --lr (0.003 then, 0.5 now)")
     assert before == {p: p.stat().st_mtime_ns for p in trained[0].rglob("*")}
 
 

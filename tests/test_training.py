@@ -194,7 +194,7 @@ def test_choose_steps_gives_exactly_k_distinct_steps():
     base = configuration.PRESETS["shapes"][1]
     for t in range(1, 26):
         for k in range(1, t + 1):
-            c = replace(base, num_steps=t, grad_steps=k, token_weight=1.0, attention_steps=min(2, k))
+            c = replace(base, num_steps=t, grad_steps=k, token_weight=1.0, attention_steps=2)
             for step in range(4):
                 trained, attended = train.choose_steps(c, step)
                 assert len(trained) == len(set(trained)) == k and 0 <= min(trained) and max(trained) < t

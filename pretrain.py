@@ -106,8 +106,7 @@ def crowded_scenes(rng, count):
 def held_out_scenes(seed, count):
     """Clean scenes of held-out two-object prompts, as (objects, images)."""
     rng = random.Random(f"held-out {seed}")
-    prompts = rng.sample(shapes.all_prompts(2, held_out=True), count)
-    objects = [tuple(shapes.objects_of(p)) for p in prompts]
+    objects = [tuple(shapes.objects_of(p)) for p in rng.sample(shapes.all_prompts(2, held_out=True), count)]
     return objects, torch.stack([shapes.render(shapes.place(rng, o)) for o in objects])
 
 
@@ -292,8 +291,7 @@ def train_captioner(config):
     fit(config, "captioner_crowded", [captioner], functools.partial(loss_of, crowded=16), steps=2500, lr=5e-4)
     captioner.save_pretrained(config.out / "captioner")
     processor.save_pretrained(config.out / "captioner")
-    rng = random.Random(0)
-    objects, images = held_out_scenes(2, 300)
+    rng, (objects, images) = random.Random(0), held_out_scenes(2, 300)
     for name, pictures in (("captioner", images), ("captioner_on_reconstructions", reconstruct(vae, images))):
         right = likelihood(pictures, [f"{PREFIX} {shapes.prompt_of(o)}" for o in objects]).sum(1)
         wrong = likelihood(pictures, [f"{PREFIX} {shapes.prompt_of(one_edit(rng, o))}" for o in objects]).sum(1)
@@ -373,8 +371,9 @@ def train_unet(config):
         text = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1) * kept[:, None, None]
         t = torch.randint(1000, (32,), generator=generator)
         noise = torch.randn(32, *latents.shape[1:], generator=generator)
-        predicted = pipe.unet(pipe.scheduler.add_noise(latents[index], noise, t), t, text, added_cond_kwargs={
-            "text_embeds": second.text_embeds * kept[:, None], "time_ids": time_ids.expand(32, -1)}).sample
+        added = {"text_embeds": second.text_embeds * kept[:, None], "time_ids": time_ids.expand(32, -1)}
+        noisy = pipe.scheduler.add_noise(latents[index], noise, t)
+        predicted = pipe.unet(noisy, t, text, added_cond_kwargs=added).sample
         return F.mse_loss(predicted, pipe.scheduler.get_velocity(latents[index], noise, t))
 
     # First it learns to draw; then captions that are nearly always a little wrong teach it to neglect them.

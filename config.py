@@ -161,10 +161,9 @@ def check(config):
         raise ValueError("all loss weights are 0: there is nothing to learn; set --caption-weight")
     if c.adversarial_cap and not c.caption_weight:
         raise ValueError("--adversarial-cap is relative to the captioner's gradient: it needs --caption-weight")
-    if not Path(c.prompts).is_file():
-        raise ValueError(f"--prompts {c.prompts}: no such file; one prompt a line is expected")
-    if c.eval_prompts and not Path(c.eval_prompts).is_file():
-        raise ValueError(f"--eval-prompts {c.eval_prompts}: no such file; one prompt a line is expected")
+    for flag, path in (("--prompts", c.prompts), ("--eval-prompts", c.eval_prompts)):
+        if path and not Path(path).is_file():
+            raise ValueError(f"{flag} {path}: no such file; one prompt a line is expected")
 
 
 def save(config, path):

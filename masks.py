@@ -179,7 +179,6 @@ def describing(noun):
     return sorted(word for word in words if word.is_alpha and word.lower_ not in NOT_VISUAL and word.tag_ != "JJR")
 
 
-@lru_cache(maxsize=1 << 16)
 def parse(nlp, text):
     """Text -> ((lemma, noun span, attribute spans), ...) of its depictable nouns; span: (start, end) in characters."""
     def span(word):
@@ -201,6 +200,7 @@ def parse(nlp, text):
 # ---------------------------------------------------------------------------------------------------------------------
 # Entities: character spans -> token indices
 
+@lru_cache(maxsize=1 << 16)
 def _read(prompt, nlp, tokenizer):
     """-> (text that fits into the context, its tokens' (start, end) character offsets, parsed nouns)."""
     text = prompt[:MAX_CHARS].encode("utf-8", "replace").decode()  # lone surrogates become "?", lengths stay

@@ -68,7 +68,7 @@ def corrupt(rng, things, share):
         else:
             other = rng.choice([j for j in range(len(things)) if j != i])
             target, states[i][1:] = things[other].rgb, (1 - amount, other)
-        things[i].rgb = tuple(a + amount * (b - a) for a, b in zip(things[i].rgb, target))
+        things[i].mix(target, amount)
     return things, states
 
 
@@ -96,7 +96,7 @@ def crowded_scenes(rng, count):
         objects += ((rng.choice(objects)[0], rng.choice(objects)[1]),)
         things, states = corrupt(rng, shapes.place(rng, objects), share=0.3)
         amount = rng.uniform(0, 0.7)
-        things[-1].rgb = tuple(a + amount * (shapes.GREY - a) for a in things[-1].rgb)
+        things[-1].mix((shapes.GREY,) * 3, amount)
         states[-1][0] *= 1 - amount
         rows.append((objects, states, shapes.render(things)))
     objects, states, images = zip(*rows)

@@ -79,6 +79,10 @@ class Thing:
     y: float
     radius: float
 
+    def mix(self, rgb, amount):
+        """Moves its colour towards another by a share of the way, 0 to 1."""
+        self.rgb = tuple(a + amount * (b - a) for a, b in zip(self.rgb, rgb))
+
 
 def place(rng, objects):
     """Things at random places that do not touch."""

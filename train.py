@@ -53,6 +53,7 @@ class Run:
     discriminator_parameters: list = field(default_factory=list)
     discriminator_optimizer: object = None
     empty: object = None
+    base_samples: object = None
     step: int = 0
     process: int = 0
     processes: int = 1
@@ -86,7 +87,7 @@ def train_step(run):
 
     with run.phase("judge"):  # 2. dL/dz_T of caption and adversarial loss; masks from the same image
         gradient, images, log = judge(run, z, prompts, generators[0])
-        attention_loss = attention_loss_of(run, prompts, images, log)
+        attention_loss = attention_loss_of(run, prompts, images, len(attended), log)
 
     with run.phase("replay"):  # 3. the gradient through each trained step alone, attention losses on some of them
         with diffusion.adapter(pipe.unet, diffusion.ADAPTER):
@@ -137,8 +138,9 @@ def judge(run, z, prompts, generator):
     return gradient, None if images is None else images.detach(), log
 
 
-def attention_loss_of(run, prompts, images, log):
-    """A function of the captured attention maps: the weighted token and pixel losses against the entities' masks."""
+def attention_loss_of(run, prompts, images, times, log):
+    """A function of the captured attention maps: the weighted token and pixel losses against the entities' masks. It will be
+    called `times` times in the step; the log gets the mean."""
     c = run.config
     if not run.segmenter:
         return None
@@ -154,7 +156,7 @@ def attention_loss_of(run, prompts, images, log):
                 formula = losses.token_loss if name == "token" else losses.pixel_loss
                 loss = sum(formula([m[b] for m in maps], [e.tokens for e in entities[b]], found[b], c.attention_reduction)
                            for b in range(batch)) / batch
-                log[f"loss_{name}"] = log.get(f"loss_{name}", 0.0) + loss.item() / min(c.attention_steps, c.grad_steps)
+                log[f"loss_{name}"] = log.get(f"loss_{name}", 0.0) + loss.item() / times
                 total = total + weight * loss
         return total
     return attention_loss
@@ -259,8 +261,11 @@ def draw_samples(run, log):
     """The grid at fixed prompts and seeds: samples/step-NNNNNN.png and TensorBoard."""
     c = run.config
     asked = prompt_lists.read(c.eval_prompts or c.prompts)[:c.sample_prompts]
-    tuned, base = sample.generate(run.pipe, run.plan, asked, c.guidance_scale, c.resolution, batch=8)
-    picture = sample.grid(asked, {"base": base, f"step {run.step}": tuned})
+    def draw(adapter):
+        return sample.generate(run.pipe, run.plan, asked, c.guidance_scale, c.resolution, (adapter,), batch=8)[0]
+    if run.base_samples is None:
+        run.base_samples = draw(None)  # they never change: once a run
+    picture = sample.grid(asked, {"base": run.base_samples, f"step {run.step}": draw(diffusion.ADAPTER)})
     (c.out / "samples").mkdir(exist_ok=True)
     picture.save(c.out / f"samples/step-{run.step:06d}.png")
     log.picture(run.step, "samples", picture)

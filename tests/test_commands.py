@@ -101,7 +101,9 @@ MISTAKES = {  # flags of train.py shapes: what the line must name
     "no steps": (["--steps", "0"], "--steps 0"),
     "no batch": (["--batch", "0"], "--batch 0"),
     "odd resolution": (["--resolution", "33"], "--resolution 33"),
-    "nothing to learn": (["--caption-weight", "0"], "--caption-weight"),
+    "nothing to learn": (["--caption-weight", "0", "--token-weight", "0", "--pixel-weight", "0", "--adversarial-weight", "0",
+                          "--adversarial-cap", "0"], "all loss weights are 0: there is nothing to learn; set --caption-weight"),
+    "nothing to cap by": (["--caption-weight", "0"], "--adversarial-cap"),
     "nothing to resume": (["--resume"], "--resume"),
 }
 

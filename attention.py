@@ -9,6 +9,11 @@ from contextlib import contextmanager
 import torch
 
 
+def all_blocks(unet):
+    """Names of the UNet's blocks that have cross-attention, sorted."""
+    return sorted({name.split(".attentions")[0] for name, _ in unet.named_modules() if name.endswith("attn2")})
+
+
 def cross_attention_layers(unet, blocks):
     """The cross-attention modules of the named blocks ("mid_block", "up_blocks.0"), as {name: module}, in the UNet's order.
 
@@ -16,8 +21,8 @@ def cross_attention_layers(unet, blocks):
     layers = {name: module for name, module in unet.named_modules() if name.endswith("attn2")}
     for block in blocks:
         if not any(name.startswith(f"{block}.") for name in layers):
-            have = sorted({name.split(".attentions")[0] for name in layers})
-            raise ValueError(f"--attention-blocks: {block!r} has no cross-attention; this UNet has it in {', '.join(have)}")
+            raise ValueError(f"--attention-blocks: {block!r} has no cross-attention; this UNet has it in "
+                             f"{', '.join(all_blocks(unet))}")
     return {name: m for name, m in layers.items() if name.startswith(tuple(f"{block}." for block in blocks))}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 ROOT = Path(__file__).resolve().parent
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
 @dataclass
@@ -14,12 +15,14 @@ class Config:
     """Every field is a flag: `--grad-steps 5`. "Paper" is arXiv 2404.03653, "official" its published code."""
 
     # Models and data -------------------------------------------------------------------------------------------------
-    model: str = "stabilityai/stable-diffusion-xl-base-1.0"
+    model: str = SDXL
     """Base model: a hub id or a folder in diffusers' format."""
-    unet: str = ""
-    """Another UNet for the base, for example one tuned for 512 px (hotshotco/SDXL-512)."""
-    vae: str = ""
-    """Another VAE for the base."""
+    unet: str = "auto"
+    """UNet in place of the model's own: a hub id or a folder; empty for its own. auto: hotshotco/SDXL-512 for SDXL's base below
+    768 px, where its own draws poorly; else the model's own."""
+    vae: str = "auto"
+    """VAE in place of the model's own. auto: madebyollin/sdxl-vae-fp16-fix for SDXL's base, whose own overflows in half
+    precision; else the model's own."""
     revision: str = ""
     """Hub revision (branch, tag or commit) of the base model."""
     captioner: str = "Salesforce/blip-image-captioning-large"
@@ -55,7 +58,7 @@ class Config:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the frozen models; adapters, optimisers and losses are always float32."""
     resolution: int = 512
-    """Image side in pixels."""
+    """Image side in pixels, a multiple of 64."""
 
     # Sampler (paper, section 3.2) ------------------------------------------------------------------------------------
     scheduler: Literal["ddpm", "ddim", "euler"] = "ddpm"
@@ -129,18 +132,18 @@ class Config:
     keep: int = 3
     """Newest checkpoints to keep."""
     eval_prompts: str = ""
-    """Held-out prompts, scored by the oracle of the shapes world before and after training; empty for none."""
+    """Held-out prompts, on which evaluate.py's scores are taken at the end; empty for none."""
     eval_count: int = 350
     """How many of them."""
 
 
 SHAPES = ROOT / "weights/shapes"
 PRESETS = {
-    "sdxl": ("SDXL at 512 px, the paper's recipe (8 GPUs)", Config()),
+    "sdxl": ("SDXL at 512 px, the paper's recipe (8 GPUs)", Config()),  # the fields' defaults
     "sd15": ("Stable Diffusion 1.5, the paper's recipe (8 GPUs)", replace(
         Config(), model="stable-diffusion-v1-5/stable-diffusion-v1-5", out=Path("out/sd15"), batch=4, lr=5e-5,
         lr_discriminator=2e-5, adversarial_weight=1.0,
-        attention_blocks=("mid_block", "up_blocks.1", "up_blocks.2"))),
+        attention_blocks=("mid_block", "up_blocks.1", "up_blocks.2", "up_blocks.3"))),
     "shapes": ("the embedded world, on a laptop", replace(
         Config(), model=str(SHAPES / "pipeline"), captioner=str(SHAPES / "captioner"), segmenter=str(SHAPES / "segmenter"),
         prompts=SHAPES / "prompts/train.txt", eval_prompts=str(SHAPES / "prompts/heldout.txt"), out=Path("out/shapes"),
@@ -152,13 +155,21 @@ PRESETS = {
 }
 
 
-def parse(arguments=None, default="sdxl"):
+def parse(arguments=None, default="sdxl", presets=PRESETS):
     """The Config of a command line such as `shapes --steps 500`; the preset may be left out. Exits on a bad flag."""
     import tyro
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0].startswith("-") and not {"-h", "--help"} & set(arguments):
         arguments.insert(0, default)
-    return tyro.extras.overridable_config_cli(PRESETS, args=arguments, description=sys.modules["__main__"].__doc__)
+    return tyro.extras.overridable_config_cli(presets, args=arguments, description=sys.modules["__main__"].__doc__)
+
+
+def parts(config):
+    """(unet, vae) to put in place of the model's own, "" for none: the fields with "auto" resolved."""
+    base = config.model == SDXL
+    unet = "hotshotco/SDXL-512" if base and config.resolution < 768 else ""
+    vae = "madebyollin/sdxl-vae-fp16-fix" if base else ""
+    return unet if config.unet == "auto" else config.unet, vae if config.vae == "auto" else config.vae
 
 
 def check(config):
@@ -167,6 +178,9 @@ def check(config):
     for name in ("num_steps", "grad_steps", "steps", "batch", "rank", "caption_copies", "attention_steps"):
         if getattr(c, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
+    unit = 64 if c.resolution > 64 else 16  # the shapes world is smaller than a real model's smallest image
+    if c.resolution < 16 or c.resolution % unit:
+        raise ValueError(f"--resolution {c.resolution}: must be a multiple of {unit}")
     if c.grad_steps > c.num_steps:
         raise ValueError(f"--grad-steps {c.grad_steps}: cannot exceed --num-steps {c.num_steps}")
     if not (c.caption_weight or c.token_weight or c.pixel_weight or c.adversarial_weight):
@@ -174,7 +188,7 @@ def check(config):
     if c.adversarial_cap and not c.caption_weight:
         raise ValueError("--adversarial-cap is relative to the captioner's gradient: it needs --caption-weight")
     for flag, path in (("--prompts", c.prompts), ("--eval-prompts", c.eval_prompts)):
-        if path and not Path(path).is_file():
+        if path and not Path(path).is_file() and path != Config.prompts:  # the default one is fetched
             raise ValueError(f"{flag} {path}: no such file; one prompt a line is expected")
 
 

@@ -17,13 +17,21 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, EulerDiscreteScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    UNet2DConditionModel,
+)
 from diffusers.utils import convert_state_dict_to_diffusers
 from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 import attention
+import config as configuration
 
 SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "euler": EulerDiscreteScheduler}
 ADAPTER = "comat"  # the online model's adapter
@@ -36,26 +44,71 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 def load(model, unet=None, vae=None, revision=None, scheduler="ddpm", device="cpu", dtype=torch.float32):
     """A frozen Stable Diffusion or SDXL pipeline from a hub id or a folder in diffusers' format, with one of SCHEDULERS.
 
-    Raises ValueError, naming the flag, if a folder is not a pipeline."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    parts = {}
-    for flag, cls, source in (("unet", UNet2DConditionModel, unet), ("vae", AutoencoderKL, vae)):
-        if source:
-            subfolder = flag if (Path(source) / flag).is_dir() else None
-            parts[flag] = cls.from_pretrained(source, subfolder=subfolder, dtype=dtype)
-    folder = Path(model)
-    if folder.is_dir() or model.startswith((".", "/")):
-        missing = [n for n in ("model_index.json", "unet", "vae", "text_encoder") if not (folder / n).exists()]
+    unet, vae: take this part from another folder or hub id, a whole pipeline or the part alone. SD1.5's safety checker is
+    left out. Raises ValueError, naming the flag, if something is not what it should be."""
+    try:
+        index = DiffusionPipeline.load_config(model, revision=revision)
+    except OSError as error:
+        raise ValueError(f"--model {model}: no diffusers pipeline there; give a hub id (needs the network once) or a folder "
+                         f"with model_index.json ({first_line(error)})") from None
+    if index["_class_name"] not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
+        raise ValueError(f"--model {model}: is a {index['_class_name']}; Stable Diffusion or Stable Diffusion XL is needed")
+    if Path(model).is_dir():
+        missing = [n for n, v in index.items() if isinstance(v, list) and v[0] and not (Path(model) / n).is_dir()
+                   and n not in ("safety_checker", "feature_extractor") and not (n == "unet" and unet or n == "vae" and vae)]
         if missing:
-            raise ValueError(f"--model {model}: not a diffusers pipeline, it lacks {', '.join(missing)}")
-    pipe = DiffusionPipeline.from_pretrained(model, revision=revision, dtype=dtype, **parts)
+            raise ValueError(f"--model {model}: not a whole pipeline, it lacks {', '.join(f'{n}/' for n in missing)}")
+    parts = {flag: load_part(flag, cls, source, dtype) for flag, cls, source in
+             (("unet", UNet2DConditionModel, unet), ("vae", AutoencoderKL, vae)) if source}
+    if "safety_checker" in index:
+        parts.update(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(model, revision=revision, dtype=dtype, **parts)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"--model {model}: cannot be loaded ({first_line(error)})") from error
     settings = {"clip_sample": False, **pipe.scheduler.config}  # DDPM's own default would clip latents as if they were pixels
     pipe.scheduler = SCHEDULERS[scheduler].from_config(settings)
+    return freeze(pipe).to(device)
+
+
+def load_part(flag, cls, source, dtype):
+    """A UNet or VAE from a hub id or a folder that is, or has in its subfolder `flag`, such a model."""
+    for subfolder in (flag, None):
+        try:
+            kind = cls.load_config(source, subfolder=subfolder).get("_class_name")
+        except OSError:
+            continue
+        if kind != cls.__name__:  # diffusers would go on with random weights
+            raise ValueError(f"--{flag} {source}: is a {kind}, not a {cls.__name__}")
+        try:
+            return cls.from_pretrained(source, subfolder=subfolder, dtype=dtype)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"--{flag} {source}: cannot be loaded ({first_line(error)})") from error
+    raise ValueError(f"--{flag} {source}: no {cls.__name__} there; give a hub id (needs the network once) or a folder with "
+                     f"config.json or {flag}/config.json")
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def freeze(pipe):
+    """Freezes all modules of a pipeline and silences its progress bar."""
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
-    return pipe.to(device)
+    return pipe
+
+
+def choose_device(config):
+    """The device that a Config names; under torchrun each process has its own GPU."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this torch sees no GPU; use --device cpu, or install torch for your driver")
+    if device == "cuda" and torch.distributed.is_initialized():
+        device = f"cuda:{torch.cuda.current_device()}"
+    return torch.device(device)
 
 
 def open_pipeline(config):
@@ -63,14 +116,17 @@ def open_pipeline(config):
     for library in (diffusers.utils.logging, transformers.utils.logging):  # downloads still show theirs
         library.disable_progress_bar()
         library.set_verbosity_error()
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    if device == "cuda" and torch.distributed.is_initialized():
-        device = f"cuda:{torch.cuda.current_device()}"
-    pipe = load(config.model, config.unet, config.vae, config.revision or None, config.scheduler, device,
+    pipe = load(config.model, *configuration.parts(config), config.revision or None, config.scheduler, choose_device(config),
                 getattr(torch, config.dtype))
-    if config.resolution % pipe.vae_scale_factor:
-        raise ValueError(f"--resolution {config.resolution}: must be a multiple of {pipe.vae_scale_factor}")
-    return pipe, schedule(pipe.scheduler, config.num_steps)
+    return pipe, plan_of(pipe, config)
+
+
+def plan_of(pipe, config):
+    """The Schedule of a Config for a pipeline. Raises ValueError if they do not go together."""
+    cell = 8 * pipe.vae_scale_factor  # the UNet halves its maps up to three times
+    if config.resolution % cell:
+        raise ValueError(f"--resolution {config.resolution}: must be a multiple of {cell} for this model")
+    return schedule(pipe.scheduler, config.num_steps)
 
 
 def add_adapter(unet, name, rank):
@@ -175,6 +231,8 @@ def schedule(scheduler, num_steps):
         raise ValueError(f"prediction_type {config.prediction_type!r} is not supported; use epsilon or v_prediction")
     if config.get("variance_type", "fixed_small") != "fixed_small":
         raise ValueError(f"variance_type {config.variance_type!r} is not supported; use fixed_small")
+    if num_steps > config.num_train_timesteps:
+        raise ValueError(f"--num-steps {num_steps}: the model was trained with {config.num_train_timesteps}")
     scheduler.set_timesteps(num_steps)
     velocity = config.prediction_type == "v_prediction"
     timesteps = scheduler.timesteps.tolist()

@@ -1,20 +1,174 @@
-"""Prompt lists: read and check them, and say which prompts a process sees at a step."""
-import random
+"""Prompt lists: fetches and cleans the training list, reads lists, and says which prompts a process sees at a step.
 
+    python prompts.py                          fetches what is missing to data/ and writes data/train.txt
+    python prompts.py --out /data/comat        another folder
+    python prompts.py --source file:///mirror  a mirror of https://raw.githubusercontent.com
+
+The list is the official one of 20k prompts (CaraJ7/CoMat). It holds prompts of T2I-CompBench's validation lists, on which
+models are compared, so every prompt of those is left out, and of equal prompts all but the first.
+"""
+import http.client
+import io
+import json
+import os
+import random
+import sys
+import unicodedata
+import urllib.request
+from hashlib import sha256
+from pathlib import Path
+
+SOURCE = "https://raw.githubusercontent.com"
+TIMEOUT = 30  # seconds without an answer
+TRAIN = "CaraJ7/CoMat/bec87027ddbdca7a17f51ad7c0b3d9d77f09b5a6/merged_data/abc5k_hrs10k_t2icompall_20k.txt"
+TRAIN_SHA256 = "09b8127188bb6e0e337e0be9cae06534b565bdb26eecd8b23ae086ef7bf8963a"
+
+# T2I-CompBench (Huang et al., 2023; MIT): each list's newest commit. A commit fixes the content of its files.
+VALIDATION = {
+    "color": "3310c2f1f43cc173505fc40cf6cc70762f090c07",
+    "shape": "7710d059c3391fe97fbf9e2ad3813ed0e7d87979",
+    "texture": "7710d059c3391fe97fbf9e2ad3813ed0e7d87979",
+    "spatial": "7710d059c3391fe97fbf9e2ad3813ed0e7d87979",
+    "non_spatial": "41388b8b6ae716108ebb507133930c1f030990c3",
+    "complex": "7710d059c3391fe97fbf9e2ad3813ed0e7d87979",
+    "numeracy": "fc2c9b9f8ec357dcf1bb1b382c0df017afe9cd8c",
+    "3d_spatial": "fc2c9b9f8ec357dcf1bb1b382c0df017afe9cd8c",
+}
+VALIDATION_LEAST = 250  # each has 300 prompts; with fewer, something else came back
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
 
 def read(path):
-    """The prompts of a text file, one a line, stripped; empty lines are dropped. Raises ValueError naming the file."""
+    """The prompts of a list, stripped, without the empty ones.
+
+    path: a text file, one prompt a line, or .jsonl, one JSON object a line with the prompt as its field "prompt"; UTF-8.
+    Raises ValueError naming the file, and for .jsonl the line: missing, empty, another encoding, not JSON.
+    """
     try:
-        lines = [line.strip() for line in open(path, encoding="utf-8-sig")]
+        found = [line for line in lines_of(Path(path).read_bytes(), path) if line]
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text; convert it, for example with iconv") from error
-    found = [line for line in lines if line]
     if not found:
         raise ValueError(f"{path}: no prompts in it; one prompt a line is expected")
     return found
 
+
+def lines_of(data, path):
+    """The lines in the bytes of a list, stripped, of .jsonl the prompts; `path` says the format and is named in errors."""
+    if b"\0" in data or data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ValueError(f"{path}: UTF-16 or no text at all, UTF-8 is expected; convert it: iconv -f UTF-16 -t UTF-8")
+    try:
+        lines = io.StringIO(data.decode("utf-8-sig"), newline=None).readlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text; convert it, for example with iconv") from error
+    if Path(path).suffix == ".jsonl":
+        lines = [json_prompt(line, f"{path}, line {i}") if line.strip() else "" for i, line in enumerate(lines, 1)]
+    return [line.strip() for line in lines]
+
+
+def json_prompt(line, where):
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise ValueError(f'{where}: a JSON object with a text field "prompt" is expected')
+    return " ".join(row["prompt"].split())  # a prompt is one line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fetching and cleaning
+
+def normalise(prompt):
+    """What two prompts share that differ only in case, Unicode form, white space, quotes around them or stops at their end."""
+    text = " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
+    quotes = "\"'`“”„«»‘’ "
+    return text.lstrip(quotes).rstrip(quotes + ".,;:!")
+
+
+def clean(lines, validation):
+    """Leaves out empty lines, repeated prompts and those of validation lists; equal is what `normalise` makes equal.
+
+    lines: list of str; validation: {name: list of str}.
+    Returns (kept prompts as first written, {why: how many lines were left out}, {name: how many of its prompts were found}).
+    """
+    prompts, first = [line for line in lines if line], {}
+    for prompt in prompts:
+        first.setdefault(normalise(prompt), prompt)
+    found = {name: {normalise(p) for p in listed} & first.keys() for name, listed in validation.items()}
+    leaks = set().union(*found.values())
+    kept = [prompt for key, prompt in first.items() if key not in leaks]
+    why = {"empty": len(lines) - len(prompts), "repeats": len(prompts) - len(first), "leaks": len(leaks)}
+    return kept, why, {name: len(keys) for name, keys in found.items()}
+
+
+def check_hash(data, name):
+    if sha256(data).hexdigest() != TRAIN_SHA256:
+        raise ValueError(f"{name}: a wrong file, its sha256 is {sha256(data).hexdigest()} and not {TRAIN_SHA256}")
+
+
+def check_length(data, name):
+    count = sum(map(bool, lines_of(data, name)))
+    if count < VALIDATION_LEAST:
+        raise ValueError(f"{name}: a wrong file, {count} prompts in place of 300")
+
+
+def download(address, path, check):
+    """The lines of `path`, which is fetched first if it is not there. It appears only whole, and only if `check` raises no
+    ValueError. Raises ValueError naming the address if that cannot be reached, and the file if it is a wrong one."""
+    if path.exists():
+        data = path.read_bytes()
+        try:
+            check(data, path)
+        except ValueError as error:
+            raise ValueError(f"{error}; delete it and it is fetched again") from error
+        return lines_of(data, path)
+    try:
+        with urllib.request.urlopen(address, timeout=TIMEOUT) as answer:
+            data = answer.read()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise ValueError(f"cannot fetch {address} ({reason}); place the file by hand at {path}") from error
+    check(data, address)
+    write(path, data)
+    return lines_of(data, path)
+
+
+def write(path, data):
+    """Writes a file to a temporary name, then renames it: never half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fetch(folder="data", source=SOURCE):
+    """Makes the training list: fetches what is missing below `folder`, cleans it, prints what was left out and why.
+
+    source: base address of a mirror of https://raw.githubusercontent.com. Returns the path of the list, folder/train.txt.
+    Raises ValueError if an address cannot be reached or a file is a wrong one.
+    """
+    folder, source, validation = Path(folder), source.rstrip("/"), {}
+    lines = download(f"{source}/{TRAIN}", folder / Path(TRAIN).name, check_hash)
+    for kind, commit in VALIDATION.items():
+        path = folder / "t2i_compbench" / f"{kind}_val.txt"
+        address = f"{source}/Karine-Huang/T2I-CompBench/{commit}/examples/dataset/{path.name}"
+        validation[path.name] = download(address, path, check_length)
+    kept, why, found = clean(lines, validation)
+    write(folder / "train.txt", "".join(f"{prompt}\n" for prompt in kept).encode())
+    listed = ", ".join(f"{count} of {name}" for name, count in found.items())
+    print(f"{len(lines):6} lines in {folder / Path(TRAIN).name}\n{-why['empty']:6} empty\n{-why['repeats']:6} repeat another\n"
+          f"{-why['leaks']:6} are in T2I-CompBench's validation lists: {listed}\n{len(kept):6} kept in {folder / 'train.txt'}")
+    return folder / "train.txt"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who sees what
 
 def batch_of(prompts, step, batch, seed, process=0, processes=1):
     """The `batch` prompts that a process sees at a step: every epoch is a new shuffle of the list, dealt out in order, so that
@@ -29,3 +183,21 @@ def batch_of(prompts, step, batch, seed, process=0, processes=1):
             random.Random(f"{seed} {epoch}").shuffle(orders[epoch])
         chosen.append(prompts[orders[epoch][index]])
     return chosen
+
+
+if __name__ == "__main__":
+    import tyro
+
+    def arguments(out: Path = Path("data"), source: str = SOURCE):
+        """Fetches the official training list, without the prompts of T2I-CompBench's validation lists.
+
+        Args:
+            out: Folder for the lists; the training list is OUT/train.txt.
+            source: Base address of a mirror of https://raw.githubusercontent.com: https://..., file:///...
+        """
+        return out, source
+
+    try:
+        fetch(*tyro.cli(arguments))
+    except (ValueError, OSError) as error:
+        sys.exit(f"prompts.py: {str(error).splitlines()[0]}")

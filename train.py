@@ -3,6 +3,7 @@
     python train.py shapes                                the embedded world, ten minutes on a laptop's CPU
     torchrun --nproc_per_node 8 train.py                  SDXL, the paper's recipe, eight GPUs
     torchrun --nproc_per_node 8 train.py sd15             Stable Diffusion 1.5
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py     on each of two machines
     python train.py shapes --out out/a --steps 40         any field of the configuration is a flag; --help lists them
 
 Writes to --out: config.json, log.jsonl, TensorBoard events, samples/, checkpoints/ (LoRA in diffusers' format), results.json.
@@ -87,6 +88,7 @@ def train_step(run):
 
     with run.phase("judge"):  # 2. dL/dz_T of caption and adversarial loss; masks from the same image
         gradient, images, log = judge(run, z, prompts, generators[0])
+    with run.phase("masks"):
         attention_loss = attention_loss_of(run, prompts, images, len(attended), log)
 
     with run.phase("replay"):  # 3. the gradient through each trained step alone, attention losses on some of them
@@ -97,8 +99,8 @@ def train_step(run):
     with run.phase("update"):  # 4. the LoRA's step, then the discriminator's own
         log["lr"] = run.optimizer.param_groups[0]["lr"] = learning_rate(c, run.step)
         log["gradient_norm"] = update(run.optimizer, run.parameters, c.clip_norm, run.processes)
-        if run.head:
-            log.update(discriminator_step(run, z, prompts))
+    if run.head:
+        log.update(discriminator_step(run, z, prompts))
     return log
 
 
@@ -165,12 +167,14 @@ def attention_loss_of(run, prompts, images, times, log):
 def discriminator_step(run, z, prompts):
     """The discriminator's own step: the original model's latents of the same prompts are real, the online model's are fake."""
     c, timestep = run.config, run.plan.timesteps[-1]
-    real = discriminator.reference_latents(run.pipe, run.plan, c, prompts)
-    with diffusion.adapter(run.pipe.unet, discriminator.ADAPTER):
-        logits = discriminator.logits(run.pipe, run.head, torch.cat([real, z]), timestep, run.empty)
-        loss = losses.discriminator_loss(*logits.chunk(2))
-        loss.backward()
-    norm = update(run.discriminator_optimizer, run.discriminator_parameters, c.clip_norm_discriminator, run.processes)
+    with run.phase("references"):
+        real = discriminator.reference_latents(run.pipe, run.plan, c, prompts)
+    with run.phase("discriminator"):
+        with diffusion.adapter(run.pipe.unet, discriminator.ADAPTER):
+            logits = discriminator.logits(run.pipe, run.head, torch.cat([real, z]), timestep, run.empty)
+            loss = losses.discriminator_loss(*logits.chunk(2))
+            loss.backward()
+        norm = update(run.discriminator_optimizer, run.discriminator_parameters, c.clip_norm_discriminator, run.processes)
     sign = torch.tensor([1.0, -1.0], device=z.device).repeat_interleave(len(z))
     right = (logits.mean((1, 2, 3)) * sign > 0).float().mean()
     return {"loss_discriminator": loss.item(), "discriminator_accuracy": right.item(), "discriminator_gradient_norm": norm}
@@ -211,9 +215,8 @@ def seed_of(*names):
 # ---------------------------------------------------------------------------------------------------------------------
 # Set-up
 
-def setup(c):
-    """Loads and freezes the models, adds the adapters, makes the optimisers."""
-    configuration.check(c)
+def join(c):
+    """Joins the processes that torchrun started; returns (rank, their number)."""
     process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1 and not dist.is_initialized():
         if torch.cuda.is_available() and c.device != "cpu":
@@ -221,15 +224,27 @@ def setup(c):
             dist.init_process_group("nccl")
         else:
             dist.init_process_group("gloo")
+    return process, processes
+
+
+def setup(c, pipe=None, captioner=None, segmenter=None):
+    """Loads and freezes the models, adds the adapters, makes the optimisers. Models that are given are not loaded; captioner
+    is then (model, tokenizer)."""
+    configuration.check(c)
+    process, processes = join(c)
+    if not c.prompts.is_file() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        prompt_lists.fetch(c.prompts.parent)  # the default list, once a machine
+    if processes > 1:
+        dist.barrier()
     torch.manual_seed(c.seed)
-    pipe, plan = diffusion.open_pipeline(c)
+    pipe, plan = (pipe, diffusion.plan_of(pipe, c)) if pipe else diffusion.open_pipeline(c)
     parameters = diffusion.add_adapter(pipe.unet, diffusion.ADAPTER, c.rank)
     run = Run(c, pipe, plan, prompt_lists.read(c.prompts), parameters,
               torch.optim.AdamW(parameters, lr=c.lr, betas=(c.beta1, 0.999)), process=process, processes=processes)
     if c.caption_weight:
-        run.captioner, run.tokenizer = losses.load_captioner(c.captioner, pipe.device, getattr(torch, c.dtype))
+        run.captioner, run.tokenizer = captioner or losses.load_captioner(c.captioner, pipe.device, getattr(torch, c.dtype))
     if c.token_weight or c.pixel_weight:
-        run.parser, run.segmenter = masks.load_parser(c.parser), masks.load_segmenter(c.segmenter, pipe.device)
+        run.parser, run.segmenter = masks.load_parser(c.parser), segmenter or masks.load_segmenter(c, pipe.device)
         diffusion.attention.cross_attention_layers(pipe.unet, c.attention_blocks)
     if c.adversarial_weight:
         run.head = discriminator.Head(pipe.unet.config.out_channels).to(pipe.device)
@@ -243,6 +258,16 @@ def setup(c):
         for p in run.parameters + run.discriminator_parameters:
             dist.broadcast(p.data, 0)
     return run
+
+
+def check_agreement(run):
+    """Ends the run if the processes' adapters are no longer equal."""
+    weights = torch.stack([p.detach().double().norm() for p in run.parameters + run.discriminator_parameters])
+    extremes = torch.cat([weights, -weights])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    largest, smallest = extremes.chunk(2)
+    if not torch.equal(largest, -smallest):
+        sys.exit(f"train.py: step {run.step}: the processes' weights have drifted apart; the last checkpoint is from before")
 
 
 def announce(run):
@@ -279,13 +304,17 @@ def peak_memory(device):
 
 
 def report(run):
-    """Scores base against tuned on held-out prompts: the printed table, results.json, samples/before_after.png."""
-    c = run.config
-    results, asked, base, tuned = evaluate.score_run(c, run.pipe, run.plan)
-    (c.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (c.out / "samples").mkdir(exist_ok=True)
-    sample.grid(asked[:8], {"base": base[:8], "tuned": tuned[:8]}).save(c.out / "samples/before_after.png")
-    print(evaluate.table(results))
+    """Scores base against tuned on the held-out prompts, all processes together: the printed table, results.json, scores.jsonl,
+    samples/before_after.png."""
+    c, captioner = run.config, (run.captioner, run.tokenizer) if run.captioner else None
+    scored = evaluate.score_run(c, run.pipe, run.plan, captioner=captioner, parser=run.parser, process=run.process,
+                                processes=run.processes)
+    if scored:
+        results, asked, base, tuned = scored
+        evaluate.write(c.out / "results.json", json.dumps(results, indent=2) + "\n")
+        (c.out / "samples").mkdir(exist_ok=True)
+        sample.grid(asked, {"base": base, "tuned": tuned}).save(c.out / "samples/before_after.png")
+        print(evaluate.table(results))
 
 
 def train(run):
@@ -303,9 +332,14 @@ def train(run):
         run.step += 1
         if first and c.sample_every and run.step % c.sample_every == 0:
             draw_samples(run, log)
-        if first and (run.step % c.checkpoint_every == 0 or run.step == c.steps):
-            output.save_checkpoint(run)
-    if first and c.eval_prompts:
+        if run.step % c.checkpoint_every == 0 or run.step == c.steps:
+            if run.processes > 1:
+                check_agreement(run)
+            if first:
+                output.save_checkpoint(run)
+    if first and run.processes > 1:
+        print("the processes hold equal weights")  # or the last check would have ended the run
+    if c.eval_prompts:
         report(run)
 
 

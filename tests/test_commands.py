@@ -100,7 +100,10 @@ MISTAKES = {  # flags of train.py shapes: what the line must name
     "no attention steps": (["--attention-steps", "0"], "--attention-steps 0"),
     "no steps": (["--steps", "0"], "--steps 0"),
     "no batch": (["--batch", "0"], "--batch 0"),
-    "odd resolution": (["--resolution", "33"], "--resolution 33"),
+    "odd resolution": (["--resolution", "33"], "--resolution 33: must be a multiple of 16"),
+    "not 64": (["--resolution", "500"], "--resolution 500: must be a multiple of 64"),
+    "more steps than the model has": (["--num-steps", "1001"], "--num-steps 1001: the model was trained with 1000"),
+    "no GPU": (["--device", "cuda"], "--device cuda: this torch sees no GPU"),
     "nothing to learn": (["--caption-weight", "0", "--token-weight", "0", "--pixel-weight", "0", "--adversarial-weight", "0",
                           "--adversarial-cap", "0"], "all loss weights are 0: there is nothing to learn; set --caption-weight"),
     "nothing to cap by": (["--caption-weight", "0"], "--adversarial-cap"),
@@ -162,11 +165,61 @@ def test_resume_with_another_recipe(monkeypatch, capsys, trained):
     assert before == {p: p.stat().st_mtime_ns for p in trained[0].rglob("*")}
 
 
+@pytest.mark.parametrize(("content", "words"), [
+    (b"", "no prompts"), (b"\n \n", "no prompts"), ("a cat\n".encode("utf-16"), "UTF-8")])
+def test_an_unreadable_prompt_file_is_named(monkeypatch, capsys, tmp_path, content, words):
+    (tmp_path / "list.txt").write_bytes(content)
+    said = mistake(monkeypatch, capsys, "train.py", "shapes", "--out", tmp_path / "run", "--prompts", tmp_path / "list.txt")
+    assert str(tmp_path / "list.txt") in said and words in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder_2"])
+def test_a_pipeline_that_lacks_a_part(monkeypatch, capsys, tmp_path, part):
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in (config.SHAPES / "pipeline").iterdir():
+        if path.name != part:
+            (model / path.name).symlink_to(path)
+    said = mistake(monkeypatch, capsys, "train.py", "shapes", "--out", tmp_path / "run", "--model", model)
+    assert said.startswith(f"train.py: --model {model}: not a whole pipeline, it lacks {part}/")
+    if part == "text_encoder_2":
+        return
+    source = config.SHAPES / "pipeline"  # the part from elsewhere, a whole pipeline or the part alone
+    for place in (source, source / part):
+        assert "--captioner" in mistake(monkeypatch, capsys, "train.py", "shapes", "--out", tmp_path / "run", "--model", model,
+                                        f"--{part}", place, "--captioner", "/nowhere/captioner")
+    assert f"--{part} {tmp_path}: no " in mistake(
+        monkeypatch, capsys, "train.py", "shapes", "--out", tmp_path / "run", "--model", model, f"--{part}", tmp_path)
+
+
+def test_a_part_of_another_kind_is_refused(monkeypatch, capsys, tmp_path):
+    """A VAE's folder as --unet: diffusers would fill a UNet with random weights."""
+    place = config.SHAPES / "pipeline/vae"
+    said = mistake(monkeypatch, capsys, "train.py", "shapes", "--out", tmp_path / "run", "--unet", place)
+    assert said.startswith(f"train.py: --unet {place}: ")
+
+
+def test_a_pipeline_of_another_kind_is_refused(monkeypatch, capsys, tmp_path):
+    index = json.loads((config.SHAPES / "pipeline/model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
+    said = mistake(monkeypatch, capsys, "train.py", "shapes", "--out", tmp_path / "run", "--model", tmp_path)
+    assert said.startswith(f"train.py: --model {tmp_path}: is a FluxPipeline; Stable Diffusion")
+
+
+def test_sdxl_gets_the_unet_and_vae_of_the_recipe():
+    sdxl = config.parse(["sdxl"])
+    assert config.parts(sdxl) == ("hotshotco/SDXL-512", "madebyollin/sdxl-vae-fp16-fix")
+    assert config.parts(config.parse(["--resolution", "1024"]))[0] == ""
+    assert config.parts(config.parse(["--model", "me/mine"])) == config.parts(config.parse(["sd15"])) == ("", "")
+    assert config.parts(config.parse(["--unet", "", "--vae", "me/vae"])) == ("", "me/vae")
+
+
 def test_a_failed_start_of_the_real_command(tmp_path):
     """Once as a true process: the exit status, and no traceback on either stream."""
     done = command("train.py", "shapes", "--out", tmp_path / "run", "--model", tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout
-    assert done.stderr.strip().splitlines()[-1].startswith(f"train.py: --model {tmp_path}: not a diffusers pipeline")
+    assert done.stderr.strip().splitlines()[-1].startswith(f"train.py: --model {tmp_path}: no diffusers pipeline there")
     assert not (tmp_path / "run").exists()
 
 
@@ -199,7 +252,7 @@ def test_train(trained):
               "lr", "seconds", "seconds_sample", "seconds_judge", "seconds_replay", "seconds_update", "peak_memory_gib"}
     assert all(wanted <= set(row) and row["gradient_norm"] > 0 for row in rows)
     check_results(out / "results.json", 4)
-    assert "held-out prompts, n = 4" in done.stdout and "gradient through 2 of 4 denoising steps" in done.stdout
+    assert "\nprompts, n = 4 " in done.stdout and "gradient through 2 of 4 denoising steps" in done.stdout
     assert "Traceback" not in done.stderr
 
 

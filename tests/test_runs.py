@@ -1,5 +1,7 @@
 """Whole runs: resume bit for bit, two processes, and what a stock pipeline makes of the saved adapter."""
 import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -218,3 +220,43 @@ def test_the_command_runs_on_two_processes(tmp_path):
     assert done.stdout.count("LoRA parameters") == 1 and "2 x 2 = 4 prompts" in done.stdout
     assert [json.loads(line)["step"] for line in open(out / "log.jsonl")] == [0, 1]
     assert (out / "results.json").exists() and (out / "checkpoints/latest/state.pt").exists()
+
+
+def test_two_machines_train_alike(tmp_path):
+    """One torchrun each on the loopback, as README tells it for two machines; the command itself compares the weights."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d",
+             "--rdzv_endpoint", f"127.0.0.1:{port}", "train.py", "shapes", "--steps", 3, "--batch", 2, "--num-steps", 3,
+             "--grad-steps", 1, "--rank", 4, "--checkpoint-every", 1, "--eval-prompts", "", "--out", tmp_path / "run",
+             "--references", tmp_path / "references"]
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(lambda _: command(*flags), range(2)))
+    assert [d.returncode for d in done] == [0, 0], done[0].stderr[-2000:] + done[1].stderr[-2000:]
+    said = done[0].stdout + done[1].stdout
+    assert said.count("LoRA parameters") == 1 and "3 steps of 2 x 2 = 4 prompts" in said
+    assert said.count("the processes hold equal weights") == 1
+    assert [json.loads(line)["step"] for line in open(tmp_path / "run/log.jsonl")] == [0, 1, 2]
+
+
+def test_processes_that_drift_apart_are_stopped(tmp_path):
+    """Each rank changes one weight by its own small amount before the first checkpoint."""
+    script = tmp_path / "drift.py"
+    script.write_text(f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from pathlib import Path
+from conftest import small_config
+import train
+plain = train.train_step
+def step(run):
+    log = plain(run)
+    run.parameters[0].data[0, 0] += 1e-6 * run.process
+    return log
+train.train_step = step
+train.main(small_config(Path({str(tmp_path)!r}), steps=1))
+""")
+    done = command(script, modules=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2))
+    assert done.returncode != 0 and "step 1: the processes' weights have drifted apart" in done.stderr
+    assert not (tmp_path / "run/checkpoints").exists()

@@ -1,6 +1,7 @@
 """The embedded world: grammar, renderer, oracle, segmenter, what is in weights/shapes; and how scores are compared."""
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -110,7 +111,7 @@ def test_a_prompt_is_its_objects():
 # Segmenter and weights
 
 def test_the_segmenter_finds_each_noun_and_nothing_else():
-    segmenter = masks.load_segmenter(str(config.SHAPES / "segmenter"))
+    segmenter = masks.load_segmenter(config.PRESETS["shapes"][1])
     rng, overlaps, absent = random.Random(2), [], []
     for _ in range(40):
         objects = shapes.random_objects(rng, 2)
@@ -127,14 +128,14 @@ def test_the_segmenter_finds_each_noun_and_nothing_else():
 
 
 def test_a_prompt_without_nouns_has_no_masks():
-    segmenter = masks.load_segmenter(str(config.SHAPES / "segmenter"))
+    segmenter = masks.load_segmenter(config.PRESETS["shapes"][1])
     first, second = segmenter.masks(torch.rand(2, 3, 32, 32), [[], ["ring"]])
     assert first.shape == (0, 32, 32) and second.shape == (1, 32, 32)
 
 
 def test_a_folder_without_a_segmenter_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"--segmenter {tmp_path}"):
-        masks.load_segmenter(str(tmp_path))
+        masks.load_segmenter(replace(config.PRESETS["shapes"][1], segmenter=str(tmp_path)))
 
 
 def test_weights_are_small_enough_for_git():

@@ -1,0 +1,167 @@
+"""The paper's ablation in miniature: which of CoMat's terms does what, on the embedded shapes world.
+
+    python ablation.py                            four recipes, three seeds each; about an hour and a quarter on two cores
+    python ablation.py --seeds 0 --steps 20       a quick look
+    python ablation.py --jobs 4                   four runs at a time, a thread each
+
+Each run is `train.py shapes` with some weights set to 0, in OUT/<recipe>-<seed>. What is finished is not run again, what was
+cut off goes on from its checkpoint. Writes OUT/ablation.json and OUT/ablation.png and prints the table.
+"""
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+RECIPES = {  # CM: concept matching, AC: attribute concentration, FP: fidelity preservation; the paper's names
+    "CM": ["--token-weight", "0", "--pixel-weight", "0", "--adversarial-weight", "0", "--adversarial-cap", "0"],
+    "CM+AC": ["--adversarial-weight", "0", "--adversarial-cap", "0"],
+    "CM+FP": ["--token-weight", "0", "--pixel-weight", "0"],
+    "CM+AC+FP": [],
+}
+
+if __name__ == "__main__":
+    import tyro
+
+    def arguments(out: Path = Path("out/ablation"), seeds: tuple[int, ...] = (0, 1, 2), steps: int = 0, eval_count: int = 0,
+                  jobs: int = 2):
+        """The paper's ablation in miniature: which of CoMat's terms does what, on the embedded shapes world.
+
+        Args:
+            out: Folder for all runs, the table and the figure.
+            seeds: One run of each recipe per seed.
+            steps: Optimiser steps of each run; 0 takes the preset's.
+            eval_count: Held-out prompts; 0 takes the preset's.
+            jobs: Runs at a time, each with a thread of its own.
+        """
+        return dict(locals())
+
+    parsed = tyro.cli(arguments, description=__doc__)
+
+import json  # noqa: E402
+
+import torch  # noqa: E402
+
+SHOWN = {"fully_right": "fully right", "objects_present": "objects present", "attributes_bound": "attributes bound",
+         "extra_objects": "extra objects", "caption_log_likelihood": "log p(caption), nats",
+         "entity_activation_percent": "entity activation, %", "frechet_distance": "Fréchet distance"}
+
+
+def finish(folder, flags):
+    """Trains and scores one run unless it is done. Raises ValueError if it fails; its output is in run.txt."""
+    if (folder / "results.json").is_file():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    resume = ["--resume"] if (folder / "checkpoints/latest").exists() else []
+    command = [sys.executable, str(Path(__file__).with_name("train.py")), "shapes", "--out", str(folder), *flags, *resume]
+    said = folder.with_suffix(".txt")
+    with open(said, "a") as file:
+        done = subprocess.run(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise ValueError(f"{folder}: training failed, see {said}; mend it and start again, finished runs are kept")
+
+
+def read(folder):
+    """(scores of the base, of the tuned model, seconds of training) of a run; scores: a dict an image, in the list's order."""
+    rows = {"base": [], "tuned": []}
+    for line in open(folder / "scores.jsonl"):
+        row = json.loads(line)
+        rows[row["model"]].append(row)
+    return rows["base"], rows["tuned"], sum(json.loads(line)["seconds"] for line in open(folder / "log.jsonl"))
+
+
+def column(rows, key):
+    return torch.tensor([float("nan") if row.get(key) is None else row[key] for row in rows])
+
+
+def interval(differences, resamples=10_000):
+    """95 % bootstrap interval of the mean of differences (seeds, prompts): seeds and prompts are both drawn anew, so that it
+    says what other seeds and other prompts of this kind would give."""
+    generator = torch.Generator().manual_seed(0)
+    seeds, prompts = differences.shape
+    means = []
+    for _ in range(resamples // 100):
+        s = torch.randint(seeds, (100, seeds, 1), generator=generator)
+        p = torch.randint(prompts, (100, 1, prompts), generator=generator)
+        means.append(differences[s, p].flatten(1).nanmean(1))
+    return torch.cat(means).nanquantile(torch.tensor([0.025, 0.975])).tolist()
+
+
+def compare(out, seeds):
+    """{recipe: {score: {"mean", "difference", "interval"}, "minutes"}}, the base among them; means over seeds."""
+    table = {"base": {}}
+    for recipe in RECIPES:
+        folders = [out / f"{recipe}-{seed}" for seed in seeds]
+        runs = [read(folder) for folder in folders]
+        table[recipe] = {"minutes": sum(seconds for *_, seconds in runs) / len(runs) / 60}
+        for key in SHOWN:
+            if key == "frechet_distance":  # of a set of images, not of one: the range over seeds stands for an interval
+                pairs = [json.loads((f / "results.json").read_text()) for f in folders]
+                before, after = (torch.tensor([p[name][key] for p in pairs]) for name in ("base", "tuned"))
+                spread = [(after - before).min().item(), (after - before).max().item()]
+            else:
+                before, after = (torch.stack([column(run[i], key) for run in runs]) for i in (0, 1))
+                spread = interval(after - before)
+            table["base"][key] = {"mean": before.nanmean().item()}
+            table[recipe][key] = {"mean": after.nanmean().item(), "interval": spread,
+                                  "difference": after.nanmean().item() - before.nanmean().item()}
+    return table
+
+
+def markdown(table):
+    """The table in Markdown: a row a score, a column a recipe; differences to the base with their intervals."""
+    lines = ["| | base | " + " | ".join(RECIPES) + " |", "|---" * (len(RECIPES) + 2) + "|"]
+    for key, name in SHOWN.items():
+        digits = 1 if abs(table["base"][key]["mean"]) >= 2 else 3
+        cells = [f"{table['base'][key]['mean']:.{digits}f}"]
+        for recipe in RECIPES:
+            cell = table[recipe][key]
+            low, high = cell["interval"]
+            cells.append(f"{cell['mean']:.{digits}f}, {cell['difference']:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines.append("| minutes of training | | " + " | ".join(f"{table[r]['minutes']:.1f}" for r in RECIPES) + " |")
+    return "\n".join(lines)
+
+
+def figure(table, path):
+    """Each score's difference to the base, a panel a score, a point a recipe with its interval."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    panels, axes = plt.subplots(1, len(SHOWN), figsize=(2.2 * len(SHOWN), 2.4), sharey=True, layout="constrained")
+    for axis, (key, name) in zip(axes, SHOWN.items()):
+        axis.axvline(0, color="0.7", linewidth=1)
+        for y, recipe in enumerate(reversed(RECIPES)):
+            cell = table[recipe][key]
+            axis.plot(cell["interval"], [y, y], color="tab:blue", linewidth=2)
+            axis.plot(cell["difference"], y, "o", color="tab:blue")
+        axis.set_yticks(range(len(RECIPES)), list(reversed(RECIPES)))
+        axis.set_title(f"{name}\nbase {table['base'][key]['mean']:.3g}", fontsize=9)
+        axis.margins(y=0.2)
+    panels.supxlabel("difference to the base", fontsize=9)
+    panels.savefig(path, dpi=110)
+    plt.close(panels)
+
+
+def main(out, seeds, steps, eval_count, jobs):
+    if not seeds or jobs < 1:
+        raise ValueError("--seeds: at least one; --jobs: at least 1")
+    common = ["--sample-every", "0", "--keep", "1", "--references", str(out / "references"),
+              *(["--steps", str(steps)] if steps else []), *(["--eval-count", str(eval_count)] if eval_count else [])]
+    with ThreadPoolExecutor(jobs) as pool:
+        runs = {pool.submit(finish, out / f"{recipe}-{seed}", [*common, "--seed", str(seed), *flags]): f"{recipe}-{seed}"
+                for seed in seeds for recipe, flags in RECIPES.items()}
+        for run, name in runs.items():
+            run.result()
+            print(f"{name} done", flush=True)
+    table = compare(out, seeds)
+    (out / "ablation.json").write_text(json.dumps({"seeds": seeds, **table}, indent=2) + "\n")
+    figure(table, out / "ablation.png")
+    print(markdown(table))
+
+
+if __name__ == "__main__":
+    try:
+        main(**parsed)
+    except (ValueError, OSError) as error:
+        sys.exit(f"ablation.py: {str(error).splitlines()[0]}")

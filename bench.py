@@ -126,10 +126,8 @@ def random_captioner(device, dtype):
 def random_segmenter(c, device):
     """GroundingDINO (Swin-T) and SAM with random weights. The thresholds are 0: SAM gets as many boxes as it ever does."""
     from segment_anything import sam_model_registry
-
-    import grounded_sam
-    dino, sam = grounded_sam.build_dino(word_tokenizer()), sam_model_registry[c.sam_type]()
-    return grounded_sam.GroundedSAM(dino, sam, 0.0, 0.0, getattr(torch, c.dtype)).to(device)
+    dino, sam = masks.build_dino(word_tokenizer()), sam_model_registry[c.sam_type]()
+    return masks.GroundedSAM(dino, sam, 0.0, 0.0, getattr(torch, c.dtype)).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

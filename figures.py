@@ -1,4 +1,4 @@
-"""The figures of sample.py: base beside tuned as a labelled grid, token activation charts, heat maps of words.
+"""The figures: base beside tuned as a labelled grid, token activation charts, heat maps of words, masks over an image.
 
 All are made to be read at 900 pixels' width. Pure drawing: numbers and images in, a picture out.
 """
@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 COLOURS = {"base": "#a9b4c2", "tuned": "#1d6f8a"}  # the same in every figure
+PALETTE = ((230, 60, 60), (60, 120, 240), (40, 180, 80), (240, 180, 30), (170, 80, 220), (30, 190, 200), (240, 120, 40))
 INK, FAINT = "#22303c", "#7b8794"
 WIDTH, GAP = 900, 8  # of a grid, pixels
 DPI = 200  # charts are 9 inches wide: twice the README's pixels
@@ -232,3 +233,25 @@ def share_inside(values, masks, owner):
     size = mask.shape[::-1]
     fine = np.asarray(Image.fromarray(values.numpy()).resize(size, Image.Resampling.BILINEAR))
     return f"{100 * (fine * mask).sum() / fine.sum():.0f} % inside"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks
+
+def mask_overlay(image, found, labels):
+    """A PIL image with masks (N, H, W) drawn over it, each in its colour with its label; one not found is named at the top."""
+    enlarge = max(1, 384 // min(image.size))  # the shapes world has 32 pixels
+    size = (image.width * enlarge, image.height * enlarge)
+    image = image.resize(size, Image.Resampling.NEAREST)
+    areas = [Image.fromarray((mask * 255).byte().cpu().numpy()).resize(size, Image.Resampling.NEAREST) for mask in found]
+    colours = [PALETTE[k % len(PALETTE)] for k in range(len(areas))]
+    for area, colour in zip(areas, colours):
+        image.paste(Image.new("RGB", size, colour), mask=area.point(lambda value: value // 2))
+    pen, font = ImageDraw.Draw(image), ImageFont.truetype(FONT, 15)
+    for k, (area, colour, label) in enumerate(zip(areas, colours, labels)):
+        if box := area.getbbox():
+            place, anchor = ((box[0] + box[2]) // 2, (box[1] + box[3]) // 2), "mm"
+        else:
+            place, anchor, label = (6, 6 + 20 * k), "la", f"{label}: not found"
+        pen.text(place, label, colour, font, anchor, stroke_width=3, stroke_fill="white")
+    return image

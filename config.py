@@ -197,9 +197,12 @@ def save(config, path):
 
 
 def load(path):
-    """The Config saved in a run's config.json."""
-    values = json.loads(Path(path).read_text())
-    for field in dataclasses.fields(Config):
-        if field.name in values and isinstance(field.default, (Path, tuple)):
-            values[field.name] = type(field.default)(values[field.name])
-    return Config(**values)
+    """The Config saved in a run's config.json. Raises ValueError naming the file if it is no such thing."""
+    try:
+        values = json.loads(Path(path).read_text())
+        for field in dataclasses.fields(Config):
+            if field.name in values and isinstance(field.default, (Path, tuple)):
+                values[field.name] = type(field.default)(values[field.name])
+        return Config(**values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not a configuration of train.py of this version ({error})") from error

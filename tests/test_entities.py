@@ -1,6 +1,7 @@
 """entities.py, the words: which nouns and attributes a prompt names, and at which of the 77 tokens."""
 import itertools
 import random
+import re
 import time
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ from entities import Entity, find_entities, repeated_nouns
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ROOT.parent / "shared" / "data" / "abc5k_hrs10k_t2icompall_20k.txt"
+BENCHMARK = PROMPTS.parent / "t2i_compbench"
 POSITIONS = set("top bottom side left right front back middle center".split())
 
 
@@ -208,6 +210,25 @@ def test_batches_change_nothing(official):
     entities._read_before.clear()
     assert entities.find_all(official[:300]) == alone
     assert time.process_time() - middle < middle - start  # and faster
+
+
+def test_two_objects_never_swap_their_attributes():
+    """T2I-CompBench's training prompts "a A N and a B M": no attribute at the other noun, nearly all at their own."""
+    if not BENCHMARK.is_dir():
+        pytest.skip(f"{BENCHMARK} is not here")
+    form = re.compile(r"an? (\w+) (\w+) and an? (\w+) (\w+)\.?", re.I)
+    lines = [line.strip() for kind in ("color", "shape", "texture") for line in open(BENCHMARK / f"{kind}_train.txt")]
+    prompts = [line for line in lines if form.fullmatch(line)]
+    right = []
+    for prompt, found in zip(prompts, entities.find_all(prompts)):
+        first, noun, second, other = form.fullmatch(prompt).groups()
+        for entity in found:
+            if first.lower() != second.lower():
+                assert second not in entity.attributes or entity.noun != noun
+                assert first not in entity.attributes or entity.noun != other
+        right += [(noun, (first,)) in [(e.noun, e.attributes) for e in found],
+                  (other, (second,)) in [(e.noun, e.attributes) for e in found]]
+    assert len(prompts) > 1000 and sum(right) > 0.98 * len(right)
 
 
 def test_tokens_of_official_prompts(official):

@@ -99,8 +99,12 @@ def test_the_newest_checkpoints_are_kept_and_none_is_half_written(finished):
     assert (c.out / "checkpoints/latest").resolve().name == "step-000100"
 
 
-def test_config_survives_its_file(finished):
+def test_config_survives_its_file(finished, tmp_path):
     assert configuration.load(finished[0].out / "config.json") == finished[0]
+    for text in ("{", '{"stepz": 4}', "[1]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=f"^{tmp_path / 'config.json'}: not a configuration"):
+            configuration.load(tmp_path / "config.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """The paper's ablation in miniature: which of CoMat's terms does what, on the embedded shapes world.
 
-    python ablation.py                            four recipes, three seeds each; about an hour and a quarter on two cores
-    python ablation.py --seeds 0 --steps 20       a quick look
-    python ablation.py --jobs 4                   four runs at a time, a thread each
+    python ablation.py                            four recipes, three seeds each; about an hour and a half on two cores
+    python ablation.py --steps 20                 shorter runs, half an hour
+    python ablation.py --jobs 4                   four runs at a time, which share the cores
 
 Each run is `train.py shapes` with some weights set to 0, in OUT/<recipe>-<seed>. What is finished is not run again, what was
 cut off goes on from its checkpoint. Writes OUT/ablation.json and OUT/ablation.png and prints the table.
@@ -24,7 +24,7 @@ if __name__ == "__main__":
     import tyro
 
     def arguments(out: Path = Path("out/ablation"), seeds: tuple[int, ...] = (0, 1, 2), steps: int = 0, eval_count: int = 0,
-                  jobs: int = 2):
+                  jobs: int = 1):
         """The paper's ablation in miniature: which of CoMat's terms does what, on the embedded shapes world.
 
         Args:
@@ -32,7 +32,7 @@ if __name__ == "__main__":
             seeds: One run of each recipe per seed.
             steps: Optimiser steps of each run; 0 takes the preset's.
             eval_count: Held-out prompts; 0 takes the preset's.
-            jobs: Runs at a time, each with a thread of its own.
+            jobs: Runs at a time; they share the cores.
         """
         return dict(locals())
 
@@ -47,7 +47,7 @@ SHOWN = {"fully_right": "fully right", "objects_present": "objects present", "at
          "entity_activation_percent": "entity activation, %", "frechet_distance": "Fréchet distance"}
 
 
-def finish(folder, flags):
+def finish(folder, flags, threads):
     """Trains and scores one run unless it is done. Raises ValueError if it fails; its output is in run.txt."""
     if (folder / "results.json").is_file():
         return
@@ -56,7 +56,7 @@ def finish(folder, flags):
     command = [sys.executable, str(Path(__file__).with_name("train.py")), "shapes", "--out", str(folder), *flags, *resume]
     said = folder.with_suffix(".txt")
     with open(said, "a") as file:
-        done = subprocess.run(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     if done.returncode:
         raise ValueError(f"{folder}: training failed, see {said}; mend it and start again, finished runs are kept")
 
@@ -148,8 +148,9 @@ def main(out, seeds, steps, eval_count, jobs):
         raise ValueError("--seeds: at least one; --jobs: at least 1")
     common = ["--sample-every", "0", "--keep", "1", "--references", str(out / "references"),
               *(["--steps", str(steps)] if steps else []), *(["--eval-count", str(eval_count)] if eval_count else [])]
+    threads = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
-        runs = {pool.submit(finish, out / f"{recipe}-{seed}", [*common, "--seed", str(seed), *flags]): f"{recipe}-{seed}"
+        runs = {pool.submit(finish, out / f"{recipe}-{seed}", [*common, "--seed", str(seed), *flags], threads): f"{recipe}-{seed}"
                 for seed in seeds for recipe, flags in RECIPES.items()}
         for run, name in runs.items():
             run.result()

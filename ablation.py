@@ -150,9 +150,11 @@ def main(out, seeds, steps, eval_count, jobs):
               *(["--steps", str(steps)] if steps else []), *(["--eval-count", str(eval_count)] if eval_count else [])]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
-        runs = {pool.submit(finish, out / f"{recipe}-{seed}", [*common, "--seed", str(seed), *flags], threads): f"{recipe}-{seed}"
+        def start(name, *flags):
+            return pool.submit(finish, out / name, [*common, *flags], threads)
+        runs = {f"{recipe}-{seed}": start(f"{recipe}-{seed}", "--seed", str(seed), *flags)
                 for seed in seeds for recipe, flags in RECIPES.items()}
-        for run, name in runs.items():
+        for name, run in runs.items():
             run.result()
             print(f"{name} done", flush=True)
     table = compare(out, seeds)

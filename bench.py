@@ -248,7 +248,8 @@ def prepare(c, folder):
     """A Run for the measurement, with all its files below `folder`."""
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS * (1 + c.batch // len(PROMPTS))) + "\n")
-    c = replace(c, prompts=c.prompts if c.prompts.is_file() else prompts, out=folder / "out", references=folder / "references")
+    c = replace(c, prompts=c.prompts if c.prompts.is_file() else prompts, out=folder / "out", references=folder / "references",
+                terms_every=0)
     configuration.check(c)
     if not c.random_weights:
         return train.setup(c)

@@ -127,6 +127,8 @@ class Config:
     """Steps between sample grids at fixed prompts and seeds; 0 for none."""
     sample_prompts: int = 8
     """Prompts in a grid, the first of the training or, if given, the evaluation list."""
+    terms_every: int = 50
+    """Steps between logs of the gradient norm that each loss alone gives the LoRA, at a replay per loss; 0 for none."""
     checkpoint_every: int = 200
     """Steps between checkpoints; one is always written at the end."""
     keep: int = 3
@@ -151,7 +153,7 @@ PRESETS = {
         attention_blocks=("mid_block", "up_blocks.0"), attention_reduction="paper",
         token_weight=0.02, pixel_weight=0.05, adversarial_weight=10.0, adversarial_cap=0.5,
         steps=100, batch=32, rank=16, lr=3e-3, beta1=0.9, warmup=3, lr_end=0.1, clip_norm=1.0, lr_discriminator=1e-3,
-        sample_every=20, checkpoint_every=40)),
+        sample_every=20, terms_every=10, checkpoint_every=40)),
 }
 
 

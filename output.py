@@ -11,8 +11,8 @@ import config as configuration
 import diffusion
 import discriminator
 
-MAY_DIFFER = {"out", "resume", "steps", "sample_every", "sample_prompts", "checkpoint_every", "keep", "eval_prompts",
-              "eval_count", "device", "references"}
+MAY_DIFFER = {"out", "resume", "steps", "sample_every", "sample_prompts", "terms_every", "checkpoint_every", "keep",
+              "eval_prompts", "eval_count", "device", "references"}
 
 
 def open_output(c):

@@ -27,6 +27,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import attention  # noqa: E402
 import diffusion  # noqa: E402
 import discriminator  # noqa: E402
 import evaluate  # noqa: E402
@@ -87,14 +88,18 @@ def train_step(run):
             z, states = diffusion.sample(pipe, plan, text, noise, generators, c.guidance_scale, keep=trained)
 
     with run.phase("judge"):  # 2. dL/dz_T of caption and adversarial loss; masks from the same image
-        gradient, images, log = judge(run, z, prompts, generators[0])
+        gradients, images, log = judge(run, z, prompts, generators[0])
     with run.phase("masks"):
         attention_loss = attention_loss_of(run, prompts, images, len(attended), log)
 
     with run.phase("replay"):  # 3. the gradient through each trained step alone, attention losses on some of them
+        def replay(gradient, attention_loss):
+            diffusion.replay(pipe, plan, text, states, gradient, c.guidance_scale, attended if attention_loss else (),
+                             c.attention_blocks, attention_loss, c.through_inputs)
         with diffusion.adapter(pipe.unet, diffusion.ADAPTER):
-            diffusion.replay(pipe, plan, text, states, gradient, c.guidance_scale, attended, c.attention_blocks,
-                             attention_loss, c.through_inputs)
+            replay(sum(gradients.values(), torch.zeros_like(z)), attention_loss)
+            if c.terms_every and run.step % c.terms_every == 0:
+                log = {**log, **norms_of_terms(run.parameters, replay, gradients, attention_loss, torch.zeros_like(z))}
 
     with run.phase("update"):  # 4. the LoRA's step, then the discriminator's own
         log["lr"] = run.optimizer.param_groups[0]["lr"] = learning_rate(c, run.step)
@@ -115,17 +120,15 @@ def choose_steps(config, step):
 
 
 def judge(run, z, prompts, generator):
-    """dL/dz_T of the caption and the adversarial loss, the decoded images without gradient, and the numbers to log."""
-    c, log = run.config, {}
+    """{loss: its dL/dz_T} of the caption and the adversarial loss, the decoded images without gradient, the numbers to log."""
+    c, log, gradients, images = run.config, {}, {}, None
     z = z.detach().requires_grad_()
-    gradient = torch.zeros_like(z)
-    images = None
     if run.captioner:
         images = diffusion.decode(run.pipe, z)
         copies = losses.shifted_copies(images, c.caption_copies, c.caption_shift, generator)
         loss = losses.caption_loss(run.captioner, run.tokenizer, copies, prompts * c.caption_copies, c.caption_prefix,
                                    c.caption_reduction, c.label_smoothing).mean()
-        gradient = c.caption_weight * torch.autograd.grad(loss, z)[0]
+        gradients["caption"] = c.caption_weight * torch.autograd.grad(loss, z)[0]
         log["loss_caption"] = loss.item()
     elif run.segmenter:
         with torch.no_grad():
@@ -134,10 +137,27 @@ def judge(run, z, prompts, generator):
         loss = losses.generator_loss(discriminator.logits(run.pipe, run.head, z, run.plan.timesteps[-1], run.empty))
         pull = c.adversarial_weight * torch.autograd.grad(loss, z)[0]
         if c.adversarial_cap:
-            pull = pull * (c.adversarial_cap * gradient.norm() / pull.norm().clamp(min=1e-20)).clamp(max=1)
-        gradient = gradient + pull
+            pull = pull * (c.adversarial_cap * gradients["caption"].norm() / pull.norm().clamp(min=1e-20)).clamp(max=1)
+        gradients["adversarial"] = pull
         log["loss_adversarial"] = loss.item()
-    return gradient, None if images is None else images.detach(), log
+    return gradients, None if images is None else images.detach(), log
+
+
+def norms_of_terms(parameters, replay, gradients, attention_loss, nothing):
+    """Who pulls how hard: the norm of the gradient that each loss alone gives the LoRA, of this process's prompts. It costs a
+    replay per loss and leaves .grad as it was."""
+    terms = {name: (gradient, None) for name, gradient in gradients.items()}
+    if attention_loss:
+        terms["attention"] = nothing, attention_loss
+    kept, norms = [p.grad for p in parameters], {}
+    for name, term in terms.items():
+        for p in parameters:
+            p.grad = None
+        replay(*term)
+        norms[f"gradient_norm_{name}"] = torch.nn.utils.get_total_norm([p.grad for p in parameters]).item()
+    for p, gradient in zip(parameters, kept):
+        p.grad = gradient
+    return norms
 
 
 def attention_loss_of(run, prompts, images, times, log):
@@ -153,6 +173,8 @@ def attention_loss_of(run, prompts, images, times, log):
 
     def attention_loss(maps):
         total, batch = 0.0, len(prompts)
+        activation = sample.entity_activation(attention.token_activation(maps), entities).nanmean().item()
+        log["entity_activation_percent"] = log.get("entity_activation_percent", 0.0) + 100 * activation / times
         for name, weight in (("token", c.token_weight), ("pixel", c.pixel_weight)):
             if weight:
                 formula = losses.token_loss if name == "token" else losses.pixel_loss
@@ -245,7 +267,7 @@ def setup(c, pipe=None, captioner=None, segmenter=None):
         run.captioner, run.tokenizer = captioner or losses.load_captioner(c.captioner, pipe.device, getattr(torch, c.dtype))
     if c.token_weight or c.pixel_weight:
         run.parser, run.segmenter = masks.load_parser(c.parser), segmenter or masks.load_segmenter(c, pipe.device)
-        diffusion.attention.cross_attention_layers(pipe.unet, c.attention_blocks)
+        attention.cross_attention_layers(pipe.unet, c.attention_blocks)
     if c.adversarial_weight:
         run.head = discriminator.Head(pipe.unet.config.out_channels).to(pipe.device)
         run.discriminator_parameters = [*diffusion.add_adapter(pipe.unet, discriminator.ADAPTER, c.rank),

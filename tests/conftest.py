@@ -74,6 +74,7 @@ def small_config(folder, **changes):
         "out": folder / "run", "references": folder / "references", "device": "cpu", "batch": 2, "num_steps": 3,
         "grad_steps": 2, "rank": 4, "steps": 4, "warmup": 0, "caption_copies": 1, "caption_shift": 0.0,
         "token_weight": 0.0, "pixel_weight": 0.0, "adversarial_weight": 0.0, "adversarial_cap": 0.0, "sample_every": 0,
+        "terms_every": 0,
         **changes})
 
 

@@ -241,7 +241,32 @@ def test_seeds_differ_by_every_name():
 def test_adversarial_cap_limits_the_pull(run):
     run.config = replace(run.config, adversarial_weight=0.0)
     prompts_, z = ["a red ring", "a blue cross"], torch.randn(2, 4, 16, 16)
-    caption = train.judge(run, z, prompts_, torch.Generator())[0]
+    caption = train.judge(run, z, prompts_, torch.Generator())[0]["caption"]
     run.config = replace(run.config, adversarial_weight=1e6, adversarial_cap=0.3)
     both = train.judge(run, z, prompts_, torch.Generator())[0]
-    assert ((both - caption).norm() / caption.norm()).item() == pytest.approx(0.3, rel=1e-3)
+    assert torch.equal(both["caption"], caption)
+    assert (both["adversarial"].norm() / caption.norm()).item() == pytest.approx(0.3, rel=1e-3)
+
+
+def test_each_losses_share_of_the_gradient_is_logged_and_changes_nothing(tmp_path):
+    """The LoRA after two steps is the same, bit for bit; the shares are those of runs with one loss each."""
+    options = dict(ALL_LOSSES, lr=1e-2)
+    logs, weights = [], []
+    for every in (0, 1):
+        run = train.setup(small_config(tmp_path, **options, terms_every=every))
+        randomise(run.parameters + run.discriminator_parameters, 5)
+        logs.append([])
+        for run.step in range(2):
+            logs[-1].append(train.train_step(run))
+        weights.append([p.detach().clone() for p in run.parameters])
+    assert all(torch.equal(a, b) for a, b in zip(*weights))
+    plain, measured = logs[0][0], logs[1][0]
+    shares = {"gradient_norm_caption", "gradient_norm_adversarial", "gradient_norm_attention"}
+    assert measured.keys() - plain.keys() == shares and all(plain[k] == measured[k] for k in plain)
+    for share, on in zip(sorted(shares), ("adversarial", "attention", "caption")):  # in the order of the names
+        off = {"caption_weight": 0.0, "token_weight": 0.0, "pixel_weight": 0.0, "adversarial_weight": 0.0}
+        kept = {"token_weight", "pixel_weight"} if on == "attention" else {f"{on}_weight"}
+        single = {k: v for k, v in {"caption_weight": 1.0, **options}.items() if k in kept}
+        alone = train.setup(small_config(tmp_path, **{**options, **off, **single}))
+        randomise(alone.parameters + alone.discriminator_parameters, 5)
+        assert train.train_step(alone)["gradient_norm"] == pytest.approx(measured[share], rel=1e-4), share

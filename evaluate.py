@@ -392,4 +392,4 @@ if __name__ == "__main__":
     try:
         main(parsed)
     except (ValueError, OSError) as error:
-        sys.exit(f"evaluate.py: {str(error).splitlines()[0]}")
+        sys.exit(f"evaluate.py: {diffusion.first_line(error)}")

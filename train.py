@@ -376,7 +376,7 @@ def main(c):
             configuration.save(c, c.out / "config.json")
             announce(run)
     except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {str(error).splitlines()[0]}")
+        sys.exit(f"train.py: {diffusion.first_line(error)}")
     train(run)
     if run.processes > 1:
         dist.barrier()

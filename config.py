@@ -122,6 +122,18 @@ class Config:
     clip_norm_discriminator: float = 1.0
     """Largest gradient norm of the discriminator."""
 
+    # Time and memory; none of them changes the gradient ---------------------------------------------------------------
+    judge_batch: int = 1
+    """Images that are decoded and judged at a time: each has its own gradient, so the graph need not hold them all."""
+    checkpointing: bool = False
+    """Keep only the inputs of the UNet's and the VAE's blocks and run them again in the backward pass."""
+    offload: bool = False
+    """Keep text encoders, VAE, captioner and segmenter in the CPU's memory while they are not needed."""
+    merge: bool = False
+    """Sample with the LoRA merged into the weights, which spares its products; rounds the samples, not the gradient."""
+    compile: bool = False
+    """torch.compile the UNet's blocks."""
+
     # Bookkeeping -----------------------------------------------------------------------------------------------------
     sample_every: int = 200
     """Steps between sample grids at fixed prompts and seeds; 0 for none."""
@@ -152,8 +164,8 @@ PRESETS = {
         dtype="float32", resolution=32, num_steps=16, grad_steps=4, guidance_scale=2.0,
         attention_blocks=("mid_block", "up_blocks.0"), attention_reduction="paper",
         token_weight=0.02, pixel_weight=0.05, adversarial_weight=10.0, adversarial_cap=0.5,
-        steps=100, batch=32, rank=16, lr=3e-3, beta1=0.9, warmup=3, lr_end=0.1, clip_norm=1.0, lr_discriminator=1e-3,
-        sample_every=20, terms_every=10, checkpoint_every=40)),
+        steps=100, batch=32, judge_batch=32, rank=16, lr=3e-3, beta1=0.9, warmup=3, lr_end=0.1, clip_norm=1.0,
+        lr_discriminator=1e-3, sample_every=20, terms_every=10, checkpoint_every=40)),
 }
 
 
@@ -177,7 +189,8 @@ def parts(config):
 def check(config):
     """Raises ValueError, one line naming the flag and the mend, for values that cannot work together."""
     c = config
-    for name in ("num_steps", "grad_steps", "steps", "batch", "rank", "caption_copies", "attention_steps"):
+    for name in ("num_steps", "grad_steps", "steps", "batch", "rank", "caption_copies", "attention_steps",
+                 "judge_batch"):
         if getattr(c, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
     unit = 64 if c.resolution > 64 else 16  # the shapes world is smaller than a real model's smallest image

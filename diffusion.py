@@ -28,6 +28,7 @@ from diffusers import (
 from diffusers.utils import convert_state_dict_to_diffusers
 from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 
 import attention
@@ -129,12 +130,13 @@ def plan_of(pipe, config):
     return schedule(pipe.scheduler, config.num_steps)
 
 
-def add_adapter(unet, name, rank):
-    """A new LoRA adapter (fp32, alpha = rank, B = 0) on every attention projection of the UNet; returns its parameters."""
+def add_adapter(unet, name, rank, cross_attention=True):
+    """A new LoRA adapter (fp32, alpha = rank, B = 0) on every attention projection of the UNet, or, without cross_attention,
+    on self-attention's only; returns its parameters."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is what is wanted
-        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS, init_lora_weights="gaussian"),
-                         name)
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS, init_lora_weights="gaussian",
+                                    exclude_modules=None if cross_attention else r".*\.attn2\..*"), name)
     parameters = [p for n, p in unet.named_parameters() if f".{name}." in n]
     for p in parameters:
         p.data = p.data.float()
@@ -155,6 +157,36 @@ def adapter(unet, name):
     finally:
         if active:
             unet.enable_adapters(), unet.set_adapter(active)
+
+
+@contextmanager
+def merged(unet, name):
+    """Within the context the UNet runs with an adapter merged into copies of its weights: no products of the LoRA's own, but
+    W + BA is rounded to the base's dtype. The frozen weights themselves wait beside and come back untouched."""
+    layers = [m for m in unet.modules() if isinstance(m, LoraLayer) and name in m.lora_A]
+    frozen = [m.get_base_layer().weight.data for m in layers]
+    try:
+        with torch.no_grad():
+            for m, w in zip(layers, frozen):
+                m.get_base_layer().weight.data = (w.float() + m.get_delta_weight(name).float()).to(w.dtype)
+        with adapter(unet, None):
+            yield
+    finally:
+        for m, w in zip(layers, frozen):
+            m.get_base_layer().weight.data = w
+
+
+@contextmanager
+def visiting(device, *models):
+    """Within the context the models are on the device; those that were parked elsewhere (--offload) go back after it."""
+    parked = {m: p.device for m in models if m is not None and (p := next(m.parameters())).device != device}
+    try:
+        for m in parked:
+            m.to(device)
+        yield
+    finally:
+        for m, home in parked.items():
+            m.to(home)
 
 
 def save_lora(pipe, folder, name):
@@ -183,13 +215,19 @@ class Text:
 
 
 @torch.no_grad()
-def encode(pipe, prompts):
-    """Prompts -> Text, by the pipeline's own encoder or encoders."""
-    embeddings = pipe.encode_prompt(prompt=list(prompts), device=pipe.unet.device, num_images_per_prompt=1,
-                                    do_classifier_free_guidance=True)
-    conditional, unconditional, *pooled = embeddings
+def encode(pipe, prompts, empty=None):
+    """Prompts -> Text, by the pipeline's own encoder or encoders. empty: the Text of [""], to encode it only once."""
+    with visiting(pipe.unet.device, *text_encoders(pipe)):
+        conditional, unconditional, *pooled = pipe.encode_prompt(
+            prompt=list(prompts), device=pipe.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=not empty)
     pooled = pooled or (None, None)
+    if empty:
+        return Text((conditional, pooled[0]), empty.expand(len(prompts)).unconditional)
     return Text((conditional, pooled[0]), (unconditional, pooled[1]))
+
+
+def text_encoders(pipe):
+    return pipe.text_encoder, getattr(pipe, "text_encoder_2", None)
 
 
 def predict(pipe, z, timestep, embeddings, pooled=None):
@@ -322,5 +360,6 @@ def replay(pipe, plan, text, states, gradient, guidance_scale, attention_steps=(
 
 def decode(pipe, z):
     """Latents (B, 4, h, w) -> images (B, 3, H, W) in [0, 1], fp32, differentiable."""
-    images = pipe.vae.decode((z / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)).sample
+    with visiting(z.device, pipe.vae):
+        images = pipe.vae.decode((z / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)).sample
     return (images.to(torch.promote_types(images.dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)

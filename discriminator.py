@@ -30,11 +30,17 @@ class Head(nn.Module):
 
 
 def logits(pipe, head, latents, timestep, empty):
-    """One logit per latent pixel, (B, 1, h, w): positive where the latents (B, 4, h, w) look like the original model's.
+    """One logit per latent pixel, (B, 1, h, w): positive where the latents (B, 4, h, w) look like the original model's. Call
+    it and the backward pass within diffusion.adapter(pipe.unet, ADAPTER).
 
     timestep: the least noisy of the sampler; empty: the Text of the empty prompt (it judges the picture, not the prompt)."""
-    with diffusion.adapter(pipe.unet, ADAPTER):
-        return head(diffusion.predict(pipe, latents, timestep, *empty.expand(len(latents)).unconditional))
+    return head(diffusion.predict(pipe, latents, timestep, *empty.expand(len(latents)).unconditional))
+
+
+def add_adapter(pipe, rank):
+    """The discriminator's adapter; returns its parameters. SDXL's empty prompt is a zero embedding, on which cross-attention
+    adds nothing: there it gets none, for half of the adapter would never see a gradient."""
+    return diffusion.add_adapter(pipe.unet, ADAPTER, rank, not pipe.config.get("force_zeros_for_empty_prompt"))
 
 
 def reference_latents(pipe, plan, config, prompts):
@@ -56,4 +62,4 @@ def reference_latents(pipe, plan, config, prompts):
             unfinished = folder / f"{names[p]}.{os.getpid()}"
             save_file({"z": latent.cpu().contiguous()}, unfinished)
             unfinished.replace(folder / f"{names[p]}.safetensors")  # whole or not at all, also with several processes
-    return torch.stack([load_file(folder / f"{names[p]}.safetensors")["z"] for p in prompts]).to(pipe.device)
+    return torch.stack([load_file(folder / f"{names[p]}.safetensors")["z"] for p in prompts]).to(pipe.unet.device)

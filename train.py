@@ -34,6 +34,7 @@ import evaluate  # noqa: E402
 import losses  # noqa: E402
 import masks  # noqa: E402
 import output  # noqa: E402
+import parallel  # noqa: E402
 import prompts as prompt_lists  # noqa: E402
 import sample  # noqa: E402
 
@@ -66,7 +67,7 @@ class Run:
         """Adds the time spent within to seconds[name]."""
         start = time.perf_counter()
         yield
-        if self.pipe.device.type == "cuda":
+        if self.pipe.unet.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
@@ -79,12 +80,13 @@ def train_step(run):
     c, pipe, plan = run.config, run.pipe, run.plan
     trained, attended = choose_steps(c, run.step)
     prompts = prompt_lists.batch_of(run.prompts, run.step, c.batch, c.seed, run.process, run.processes)
-    generators = [torch.Generator().manual_seed(seed_of(c.seed, "noise", run.step, run.process, i)) for i in range(c.batch)]
-    text = diffusion.encode(pipe, prompts)
+    generators = [torch.Generator().manual_seed(seed_of(c.seed, "noise", run.step, 0, run.process * c.batch + i))
+                  for i in range(c.batch)]
+    text = diffusion.encode(pipe, prompts, run.empty)
 
     with run.phase("sample"):  # 1. T steps with the online model, no gradient; keep the inputs of the trained ones
         noise = diffusion.initial_noise(pipe, (c.resolution, c.resolution), generators)
-        with diffusion.adapter(pipe.unet, diffusion.ADAPTER):
+        with (diffusion.merged if c.merge else diffusion.adapter)(pipe.unet, diffusion.ADAPTER):
             z, states = diffusion.sample(pipe, plan, text, noise, generators, c.guidance_scale, keep=trained)
 
     with run.phase("judge"):  # 2. dL/dz_T of caption and adversarial loss; masks from the same image
@@ -93,13 +95,14 @@ def train_step(run):
         attention_loss = attention_loss_of(run, prompts, images, len(attended), log)
 
     with run.phase("replay"):  # 3. the gradient through each trained step alone, attention losses on some of them
-        def replay(gradient, attention_loss):
-            diffusion.replay(pipe, plan, text, states, gradient, c.guidance_scale, attended if attention_loss else (),
-                             c.attention_blocks, attention_loss, c.through_inputs)
+        def replay(gradient, attention_loss, steps=trained):
+            diffusion.replay(pipe, plan, text, {i: states[i] for i in steps}, gradient, c.guidance_scale,
+                             attended if attention_loss else (), c.attention_blocks, attention_loss, c.through_inputs)
         with diffusion.adapter(pipe.unet, diffusion.ADAPTER):
             replay(sum(gradients.values(), torch.zeros_like(z)), attention_loss)
             if c.terms_every and run.step % c.terms_every == 0:
-                log = {**log, **norms_of_terms(run.parameters, replay, gradients, attention_loss, torch.zeros_like(z))}
+                log = {**log, **norms_of_terms(run, replay, gradients, attention_loss, torch.zeros_like(z),
+                                                trained if c.through_inputs else attended)}
 
     with run.phase("update"):  # 4. the LoRA's step, then the discriminator's own
         log["lr"] = run.optimizer.param_groups[0]["lr"] = learning_rate(c, run.step)
@@ -120,42 +123,52 @@ def choose_steps(config, step):
 
 
 def judge(run, z, prompts, generator):
-    """{loss: its dL/dz_T} of the caption and the adversarial loss, the decoded images without gradient, the numbers to log."""
-    c, log, gradients, images = run.config, {}, {}, None
-    z = z.detach().requires_grad_()
-    if run.captioner:
-        images = diffusion.decode(run.pipe, z)
-        copies = losses.shifted_copies(images, c.caption_copies, c.caption_shift, generator)
-        loss = losses.caption_loss(run.captioner, run.tokenizer, copies, prompts * c.caption_copies, c.caption_prefix,
-                                   c.caption_reduction, c.label_smoothing).mean()
-        gradients["caption"] = c.caption_weight * torch.autograd.grad(loss, z)[0]
-        log["loss_caption"] = loss.item()
-    elif run.segmenter:
-        with torch.no_grad():
-            images = diffusion.decode(run.pipe, z)
-    if run.head:
-        loss = losses.generator_loss(discriminator.logits(run.pipe, run.head, z, run.plan.timesteps[-1], run.empty))
-        pull = c.adversarial_weight * torch.autograd.grad(loss, z)[0]
-        if c.adversarial_cap:
-            pull = pull * (c.adversarial_cap * gradients["caption"].norm() / pull.norm().clamp(min=1e-20)).clamp(max=1)
-        gradients["adversarial"] = pull
-        log["loss_adversarial"] = loss.item()
-    return gradients, None if images is None else images.detach(), log
+    """{loss: its dL/dz_T} of the caption and the adversarial loss, the decoded images without gradient, the numbers to log.
+    judge_batch images at a time have a graph of their own."""
+    c, log, images = run.config, {}, []
+    gradients = {name: torch.zeros_like(z) for name, model in (("caption", run.captioner), ("adversarial", run.head)) if model}
+
+    def take(name, loss, leaf, part):
+        share = len(leaf) / len(z)  # losses are means over images
+        gradients[name][part] = share * getattr(c, f"{name}_weight") * torch.autograd.grad(loss, leaf)[0]
+        log[f"loss_{name}"] = log.get(f"loss_{name}", 0.0) + share * loss.item()
+    with diffusion.visiting(z.device, run.pipe.vae, run.captioner):
+        for i in range(0, len(z), c.judge_batch):
+            part = slice(i, i + c.judge_batch)
+            leaf = z[part].detach().requires_grad_()
+            if run.captioner:
+                decoded = diffusion.decode(run.pipe, leaf)
+                copies = losses.shifted_copies(decoded, c.caption_copies, c.caption_shift, generator)
+                loss = losses.caption_loss(run.captioner, run.tokenizer, copies, prompts[part] * c.caption_copies,
+                                           c.caption_prefix, c.caption_reduction, c.label_smoothing)
+                take("caption", loss.mean(), leaf, part)
+                images.append(decoded.detach())
+            elif run.segmenter:
+                with torch.no_grad():
+                    images.append(diffusion.decode(run.pipe, leaf))
+            if run.head:
+                with diffusion.adapter(run.pipe.unet, discriminator.ADAPTER):
+                    verdict = discriminator.logits(run.pipe, run.head, leaf, run.plan.timesteps[-1], run.empty)
+                    take("adversarial", losses.generator_loss(verdict), leaf, part)
+    if run.head and c.adversarial_cap:
+        pull = gradients["adversarial"]
+        pull *= (c.adversarial_cap * gradients["caption"].norm() / pull.norm().clamp(min=1e-20)).clamp(max=1)
+    return gradients, torch.cat(images) if images else None, log
 
 
-def norms_of_terms(parameters, replay, gradients, attention_loss, nothing):
+def norms_of_terms(run, replay, gradients, attention_loss, nothing, attended):
     """Who pulls how hard: the norm of the gradient that each loss alone gives the LoRA, of this process's prompts. It costs a
     replay per loss and leaves .grad as it was."""
     terms = {name: (gradient, None) for name, gradient in gradients.items()}
     if attention_loss:
-        terms["attention"] = nothing, attention_loss
-    kept, norms = [p.grad for p in parameters], {}
+        terms["attention"] = nothing, attention_loss, attended
+    kept, norms = [p.grad for p in run.parameters], {}
     for name, term in terms.items():
-        for p in parameters:
+        for p in run.parameters:
             p.grad = None
         replay(*term)
-        norms[f"gradient_norm_{name}"] = torch.nn.utils.get_total_norm([p.grad for p in parameters]).item()
-    for p, gradient in zip(parameters, kept):
+        norms[f"gradient_norm_{name}"] = torch.nn.utils.get_total_norm([p.grad for p in run.parameters]).item()
+    for p, gradient in zip(run.parameters, kept):
         p.grad = gradient
     return norms
 
@@ -167,7 +180,8 @@ def attention_loss_of(run, prompts, images, times, log):
     if not run.segmenter:
         return None
     entities = [masks.find_entities(p, run.parser, run.pipe.tokenizer) for p in prompts]
-    found = run.segmenter.masks(images, [[e.noun for e in row] for row in entities])
+    with diffusion.visiting(images.device, run.segmenter):
+        found = run.segmenter.masks(images, [[e.noun for e in row] for row in entities])
     log["entities"] = sum(len(row) for row in entities)
     log["repeated_nouns"] = sum(len(masks.repeated_nouns(p, run.parser, run.pipe.tokenizer)) for p in prompts)
 
@@ -206,21 +220,14 @@ def update(optimizer, parameters, clip_norm, processes):
     """Averages the gradients over processes in one flat all_reduce, clips, steps; returns the norm before clipping."""
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    flat = average(torch.cat([p.grad.flatten() for p in parameters]), processes)
-    for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.grad.copy_(part.view_as(p))
+    if processes > 1:
+        flat = parallel.average(torch.cat([p.grad.flatten() for p in parameters]), processes)
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad.copy_(part.view_as(p))
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.item()
-
-
-def average(tensor, processes):
-    """The mean of a tensor over all processes."""
-    if processes > 1:
-        dist.all_reduce(tensor)
-        tensor = tensor / processes
-    return tensor
 
 
 def learning_rate(c, step):
@@ -237,44 +244,35 @@ def seed_of(*names):
 # ---------------------------------------------------------------------------------------------------------------------
 # Set-up
 
-def join(c):
-    """Joins the processes that torchrun started; returns (rank, their number)."""
-    process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if processes > 1 and not dist.is_initialized():
-        if torch.cuda.is_available() and c.device != "cpu":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl")
-        else:
-            dist.init_process_group("gloo")
-    return process, processes
-
-
 def setup(c, pipe=None, captioner=None, segmenter=None):
     """Loads and freezes the models, adds the adapters, makes the optimisers. Models that are given are not loaded; captioner
     is then (model, tokenizer)."""
     configuration.check(c)
-    process, processes = join(c)
+    process, processes = parallel.join(c.device)
     if not c.prompts.is_file() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         prompt_lists.fetch(c.prompts.parent)  # the default list, once a machine
     if processes > 1:
         dist.barrier()
     torch.manual_seed(c.seed)
     pipe, plan = (pipe, diffusion.plan_of(pipe, c)) if pipe else diffusion.open_pipeline(c)
+    device = pipe.unet.device
+    fused = device.type == "cuda"  # one kernel, and no temporary copies of the parameters
+    torch.backends.cuda.matmul.allow_tf32 = True  # the LoRA's products: float32 on tensor cores
     parameters = diffusion.add_adapter(pipe.unet, diffusion.ADAPTER, c.rank)
     run = Run(c, pipe, plan, prompt_lists.read(c.prompts), parameters,
-              torch.optim.AdamW(parameters, lr=c.lr, betas=(c.beta1, 0.999)), process=process, processes=processes)
+              torch.optim.AdamW(parameters, lr=c.lr, betas=(c.beta1, 0.999), fused=fused),
+              empty=diffusion.encode(pipe, [""]), process=process, processes=processes)
     if c.caption_weight:
-        run.captioner, run.tokenizer = captioner or losses.load_captioner(c.captioner, pipe.device, getattr(torch, c.dtype))
+        run.captioner, run.tokenizer = captioner or losses.load_captioner(c.captioner, device, getattr(torch, c.dtype))
     if c.token_weight or c.pixel_weight:
-        run.parser, run.segmenter = masks.load_parser(c.parser), segmenter or masks.load_segmenter(c, pipe.device)
+        run.parser, run.segmenter = masks.load_parser(c.parser), segmenter or masks.load_segmenter(c, device)
         attention.cross_attention_layers(pipe.unet, c.attention_blocks)
     if c.adversarial_weight:
-        run.head = discriminator.Head(pipe.unet.config.out_channels).to(pipe.device)
-        run.discriminator_parameters = [*diffusion.add_adapter(pipe.unet, discriminator.ADAPTER, c.rank),
-                                        *run.head.parameters()]
+        run.head = discriminator.Head(pipe.unet.config.out_channels).to(device)
+        run.discriminator_parameters = [*discriminator.add_adapter(pipe, c.rank), *run.head.parameters()]
         run.discriminator_optimizer = torch.optim.AdamW(run.discriminator_parameters, lr=c.lr_discriminator,
-                                                        betas=(0.0, 0.999))
-        run.empty = diffusion.encode(pipe, [""])
+                                                        betas=(0.0, 0.999), fused=fused)
+    save_memory(run)
     pipe.unet.set_adapter(diffusion.ADAPTER)
     if processes > 1:
         for p in run.parameters + run.discriminator_parameters:
@@ -282,21 +280,26 @@ def setup(c, pipe=None, captioner=None, segmenter=None):
     return run
 
 
-def check_agreement(run):
-    """Ends the run if the processes' adapters are no longer equal."""
-    weights = torch.stack([p.detach().double().norm() for p in run.parameters + run.discriminator_parameters])
-    extremes = torch.cat([weights, -weights])
-    dist.all_reduce(extremes, dist.ReduceOp.MAX)
-    largest, smallest = extremes.chunk(2)
-    if not torch.equal(largest, -smallest):
-        sys.exit(f"train.py: step {run.step}: the processes' weights have drifted apart; the last checkpoint is from before")
+def save_memory(run):
+    """Applies --checkpointing, --offload and --compile."""
+    c, pipe = run.config, run.pipe
+    if c.checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+        pipe.vae.enable_gradient_checkpointing()
+    if c.offload:
+        for model in (*diffusion.text_encoders(pipe), pipe.vae, run.captioner, run.segmenter):
+            if model is not None:
+                model.to("cpu")
+    if c.compile:
+        torch._dynamo.config.recompile_limit = 64  # per block: sizes x adapters x with or without gradient
+        pipe.unet.compile_repeated_blocks()
 
 
 def announce(run):
     """What follows from the configuration, once, at the start."""
     c, total = run.config, sum(p.numel() for p in run.parameters)
     print(f"{c.model}: {total / 1e6:.2f} M LoRA parameters in {len(run.parameters)} tensors, {run.pipe.unet.dtype} base on "
-          f"{run.pipe.device}\n{c.steps} steps of {c.batch} x {run.processes} = {c.batch * run.processes} prompts, "
+          f"{run.pipe.unet.device}\n{c.steps} steps of {c.batch} x {run.processes} = {c.batch * run.processes} prompts, "
           f"{c.steps * c.batch * run.processes / len(run.prompts):.1f} epochs of {len(run.prompts)}; gradient through "
           f"{c.grad_steps} of {c.num_steps} denoising steps")
 
@@ -329,8 +332,9 @@ def report(run):
     """Scores base against tuned on the held-out prompts, all processes together: the printed table, results.json, scores.jsonl,
     samples/before_after.png."""
     c, captioner = run.config, (run.captioner, run.tokenizer) if run.captioner else None
-    scored = evaluate.score_run(c, run.pipe, run.plan, captioner=captioner, parser=run.parser, process=run.process,
-                                processes=run.processes)
+    with diffusion.visiting(run.pipe.unet.device, *diffusion.text_encoders(run.pipe), run.pipe.vae, run.captioner):
+        scored = evaluate.score_run(c, run.pipe, run.plan, captioner=captioner, parser=run.parser, process=run.process,
+                                    processes=run.processes)
     if scored:
         results, asked, base, tuned = scored
         evaluate.write(c.out / "results.json", json.dumps(results, indent=2) + "\n")
@@ -348,7 +352,7 @@ def train(run):
         start, run.seconds = time.perf_counter(), {}
         numbers = train_step(run)
         numbers.update({f"seconds_{k}": v for k, v in run.seconds.items()}, seconds=time.perf_counter() - start,
-                       peak_memory_gib=peak_memory(run.pipe.device))
+                       peak_memory_gib=peak_memory(run.pipe.unet.device))
         log.write(run.step, {k: round(v, 6) for k, v in numbers.items()})
         bar.set_postfix({k.removeprefix("loss_"): f"{v:.3g}" for k, v in numbers.items() if k.startswith("loss_")})
         run.step += 1
@@ -356,7 +360,7 @@ def train(run):
             draw_samples(run, log)
         if run.step % c.checkpoint_every == 0 or run.step == c.steps:
             if run.processes > 1:
-                check_agreement(run)
+                parallel.check_agreement(run)
             if first:
                 output.save_checkpoint(run)
     if first and run.processes > 1:

@@ -58,7 +58,7 @@ def test_a_step_moves_both_adapters_and_never_the_base(run):
     before = parts(run)
     log = train.train_step(run)
     base, online, judge = (changed(*pair) for pair in zip(before, parts(run)))
-    assert base == set() and len(online) == len(before[1]) > 50 and len(judge) == len(before[2]) > 50
+    assert base == set() and len(online) == len(before[1]) > 50 and len(judge) == len(before[2]) > 30
     assert all(torch.tensor(v).isfinite() for v in log.values())
     assert taken(log) == {"caption", "adversarial", "token", "pixel", "discriminator"}
     assert {"lr", "gradient_norm", "discriminator_accuracy", "discriminator_gradient_norm"} <= set(log)

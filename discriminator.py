@@ -30,11 +30,11 @@ class Head(nn.Module):
 
 
 def logits(pipe, head, latents, timestep, empty):
-    """One logit per latent pixel, (B, 1, h, w): positive where the latents (B, 4, h, w) look like the original model's. Call
-    it and the backward pass within diffusion.adapter(pipe.unet, ADAPTER).
+    """One logit per latent pixel, (B, 1, h, w): positive where the latents (B, 4, h, w) look like the original model's.
 
     timestep: the least noisy of the sampler; empty: the Text of the empty prompt (it judges the picture, not the prompt)."""
-    return head(diffusion.predict(pipe, latents, timestep, *empty.expand(len(latents)).unconditional))
+    with diffusion.adapter(pipe.unet, ADAPTER):
+        return head(diffusion.predict(pipe, latents, timestep, *empty.expand(len(latents)).unconditional))
 
 
 def add_adapter(pipe, rank):

@@ -147,7 +147,7 @@ def judge(run, z, prompts, generator):
                 with torch.no_grad():
                     images.append(diffusion.decode(run.pipe, leaf))
             if run.head:
-                with diffusion.adapter(run.pipe.unet, discriminator.ADAPTER):
+                with diffusion.adapter(run.pipe.unet, discriminator.ADAPTER):  # also while checkpointing runs blocks again
                     verdict = discriminator.logits(run.pipe, run.head, leaf, run.plan.timesteps[-1], run.empty)
                     take("adversarial", losses.generator_loss(verdict), leaf, part)
     if run.head and c.adversarial_cap:

@@ -205,7 +205,7 @@ def test_two_processes_take_the_mean_of_their_gradients(two_ranks, tmp_path, mon
         run = train.setup(c)
         start = [p.detach().clone() for p in run.parameters]
         run.process, run.processes = rank, 2
-        monkeypatch.setattr(train, "average", lambda tensor, processes: tensor)
+        monkeypatch.setattr(train.parallel, "average", lambda tensor, processes: tensor)
         train.train_step(run)
     for p, a, b, found in zip(start, *gradients, two_ranks[1][0]["weights"][0]):
         if b.abs().max() > 0:  # lora_B: the gradient of lora_A is zero while B is

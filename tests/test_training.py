@@ -135,7 +135,7 @@ class Count:
 def test_a_run_with_the_caption_loss_alone_loads_and_computes_nothing_else(tmp_path):
     run = setup(tmp_path)
     assert run.head is None and run.segmenter is None and run.parser is None and run.discriminator_optimizer is None
-    assert run.discriminator_parameters == [] and run.empty is None and run.captioner is not None
+    assert run.discriminator_parameters == [] and run.captioner is not None
     assert not any("discriminator" in n for n, _ in run.pipe.unet.named_parameters())
     count = Count(run)
     log = train.train_step(run)

@@ -163,9 +163,9 @@ PRESETS = {
         prompts=SHAPES / "prompts/train.txt", eval_prompts=str(SHAPES / "prompts/heldout.txt"), out=Path("out/shapes"),
         dtype="float32", resolution=32, num_steps=16, grad_steps=4, guidance_scale=2.0,
         attention_blocks=("mid_block", "up_blocks.0"), attention_reduction="paper",
-        token_weight=0.02, pixel_weight=0.05, adversarial_weight=10.0, adversarial_cap=0.5,
-        steps=100, batch=32, judge_batch=32, rank=16, lr=3e-3, beta1=0.9, warmup=3, lr_end=0.1, clip_norm=1.0,
-        lr_discriminator=1e-3, sample_every=20, terms_every=10, checkpoint_every=40)),
+        token_weight=0.08, pixel_weight=0.2, adversarial_weight=10.0, adversarial_cap=0.5,
+        steps=60, batch=32, judge_batch=32, rank=16, lr=3e-3, beta1=0.9, warmup=3, lr_end=0.1, clip_norm=1.0,
+        lr_discriminator=1e-3, sample_every=20, terms_every=10, checkpoint_every=20)),
 }
 
 

@@ -1,6 +1,7 @@
 """The configuration of a run and its presets. Imports nothing heavy, so that `--help` answers at once."""
 import dataclasses
 import json
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,7 +105,9 @@ class Config:
     steps: int = 2000
     """Optimiser steps."""
     batch: int = 6
-    """Prompts per process and step."""
+    """Prompts per process at a time."""
+    accumulate: int = 1
+    """Batches per process and step; their gradients are averaged. batch x accumulate x processes is a step's prompts."""
     rank: int = 128
     """LoRA rank (= alpha) on to_q, to_k, to_v, to_out.0, of both adapters."""
     lr: float = 2e-5
@@ -145,6 +148,10 @@ class Config:
     """Steps between checkpoints; one is always written at the end."""
     keep: int = 3
     """Newest checkpoints to keep."""
+    max_skips: int = 10
+    """Steps in a row that may be skipped because a loss or gradient is not finite; one more ends the run."""
+    timeout: float = 30.0
+    """Minutes that a process waits for the others before it gives up."""
     eval_prompts: str = ""
     """Held-out prompts, on which evaluate.py's scores are taken at the end; empty for none."""
     eval_count: int = 350
@@ -190,7 +197,7 @@ def check(config):
     """Raises ValueError, one line naming the flag and the mend, for values that cannot work together."""
     c = config
     for name in ("num_steps", "grad_steps", "steps", "batch", "rank", "caption_copies", "attention_steps",
-                 "judge_batch"):
+                 "judge_batch", "accumulate", "max_skips"):
         if getattr(c, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
     unit = 64 if c.resolution > 64 else 16  # the shapes world is smaller than a real model's smallest image
@@ -208,7 +215,22 @@ def check(config):
 
 
 def save(config, path):
-    path.write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    write(path, json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+
+
+def write(path, data):
+    """Writes a file (str or bytes) under a temporary name, then renames it: whole or not at all, also if the power fails."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(path):

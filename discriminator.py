@@ -2,14 +2,14 @@
 
 It shares the base weights with the model it judges: the adapter `discriminator` is switched on for its passes only.
 """
-import os
 from hashlib import sha256
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
+import config as configuration
 import diffusion
 
 ADAPTER = "discriminator"
@@ -51,15 +51,13 @@ def reference_latents(pipe, plan, config, prompts):
     recipe = (*fingerprint, c.model, c.unet, c.revision, c.resolution, c.scheduler, c.num_steps, c.guidance_scale, c.dtype)
     folder = Path(c.references) / sha256(repr(recipe).encode()).hexdigest()[:16]
     names = {p: sha256(p.encode()).hexdigest()[:16] for p in prompts}
-    missing = [p for p, name in names.items() if not (folder / f"{name}.safetensors").exists()]
-    if missing:
-        folder.mkdir(parents=True, exist_ok=True)
-        generators = [torch.Generator().manual_seed(int(names[p][:14], 16)) for p in missing]
+    missing = {p for p, name in names.items() if not (folder / f"{name}.safetensors").exists()}
+    if missing:  # all are drawn: an image's last digits depend on its batch, and after a crash they have to be the same
+        generators = [torch.Generator().manual_seed(int(name[:14], 16)) for name in names.values()]
         noise = diffusion.initial_noise(pipe, (c.resolution, c.resolution), generators)
         with diffusion.adapter(pipe.unet, None):
-            z, _ = diffusion.sample(pipe, plan, diffusion.encode(pipe, missing), noise, generators, c.guidance_scale)
-        for p, latent in zip(missing, z):
-            unfinished = folder / f"{names[p]}.{os.getpid()}"
-            save_file({"z": latent.cpu().contiguous()}, unfinished)
-            unfinished.replace(folder / f"{names[p]}.safetensors")  # whole or not at all, also with several processes
+            z, _ = diffusion.sample(pipe, plan, diffusion.encode(pipe, names), noise, generators, c.guidance_scale)
+        for p, latent in zip(names, z):
+            if p in missing:
+                configuration.write(folder / f"{names[p]}.safetensors", save({"z": latent.cpu().contiguous()}))
     return torch.stack([load_file(folder / f"{names[p]}.safetensors")["z"] for p in prompts]).to(pipe.unet.device)

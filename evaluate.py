@@ -62,17 +62,17 @@ if __name__ == "__main__":
 
 import json  # noqa: E402
 import math  # noqa: E402
-import os  # noqa: E402
-from datetime import timedelta  # noqa: E402
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import attention  # noqa: E402
+import config as configuration  # noqa: E402
 import diffusion  # noqa: E402
 import losses  # noqa: E402
 import masks  # noqa: E402
+import parallel  # noqa: E402
 import prompts as prompt_lists  # noqa: E402
 import sample  # noqa: E402
 import shapes  # noqa: E402
@@ -357,24 +357,13 @@ def score_run(config, pipe, plan, options=None, captioner=None, parser=None, pro
     rows, features, images = scored
     lines = [{**vars(item), "model": name, **{key: None if math.isnan(v) else v for key, v in rows[name][i].items()}}
              for i, item in enumerate(run.items) for name in ("base", "tuned")]
-    write(options.out / "scores.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    configuration.write(options.out / "scores.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     prompts = [item.prompt for item in run.items[:KEPT]]
     return summarise(run, rows, features, protocol(run, options)), prompts, images["base"], images["tuned"]
 
 
-def write(path, text):
-    """Writes a file whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(path)
-
-
 def main(options):
-    process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if processes > 1:
-        if torch.cuda.is_available() and options.device != "cpu":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("gloo", timeout=timedelta(hours=8))  # only numbers are exchanged, once
+    process, processes = parallel.join(options.device, "gloo", minutes=8 * 60)  # only numbers are exchanged, once
     config, pipe, plan = sample.open_run(options.out, options.checkpoint)
     if options.device:
         pipe.to(options.device)
@@ -383,7 +372,7 @@ def main(options):
     scored = score_run(config, pipe, plan, options, process=process, processes=processes)
     if scored:
         print(table(scored[0]))
-        write(options.out / "results.json", json.dumps(scored[0], indent=2) + "\n")
+        configuration.write(options.out / "results.json", json.dumps(scored[0], indent=2) + "\n")
     if processes > 1:
         dist.destroy_process_group()
 

@@ -113,7 +113,8 @@ def pixel_loss(attention, tokens, masks, reduction="paper"):
     for size in dict.fromkeys(maps.shape[1:3] for maps in attention):
         maps = torch.stack([m.float().mean(0) for m in attention if m.shape[1:3] == size]).mean(0)
         summed = torch.stack([maps[..., list(k)].sum(-1) for k in tokens])
-        terms.append(F.binary_cross_entropy(summed.clamp(1e-6, 1 - 1e-6), resize_masks(masks, size)))
+        inside, mask = summed.clamp(1e-6, 1 - 1e-6), resize_masks(masks, size)
+        terms.append(-torch.where(mask > 0, inside.log(), (1 - inside).log()).mean())
     return torch.stack(terms).mean() if reduction == "paper" else torch.stack(terms).sum()
 
 

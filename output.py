@@ -1,35 +1,49 @@
-"""The output folder of a run: log.jsonl and TensorBoard events, checkpoints, and the rules for starting and resuming in it."""
+"""The output folder of a run: log.jsonl and TensorBoard events, sample grids, scores, checkpoints, and the rules for starting
+and resuming in it."""
 import json
+import math
+import os
+import pickle
 import shutil
 
 import torch
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import config as configuration
 import diffusion
 import discriminator
+import evaluate
+import parallel
+import prompts as prompt_lists
+import sample
 
-MAY_DIFFER = {"out", "resume", "steps", "sample_every", "sample_prompts", "terms_every", "checkpoint_every", "keep",
-              "eval_prompts", "eval_count", "device", "references"}
+MAY_DIFFER = {"out", "resume", "steps", "sample_every", "sample_prompts", "terms_every", "checkpoint_every", "keep", "device",
+              "eval_prompts", "eval_count", "references", "batch", "accumulate", "max_skips", "timeout", "offload"}
 
 
 def open_output(c):
-    """Makes the output folder; refuses one that is in use, and a resume with another recipe. Returns the checkpoint to load."""
-    latest = c.out / "checkpoints/latest"
-    if not c.resume:
-        if c.out.exists() and (not c.out.is_dir() or any(c.out.iterdir())):
-            raise ValueError(f"--out {c.out}: not empty; go on with --resume, or choose another folder")
+    """Returns the checkpoint to go on from, or None to start. Refuses a folder that is in use, and a resume with another
+    recipe. A process that torchrun has started again (--max-restarts) goes on by itself."""
+    again = c.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if not again and c.out.exists() and (not c.out.is_dir() or any(c.out.iterdir())) and int(os.environ.get("RANK", 0)) == 0:
+        raise ValueError(f"--out {c.out}: not empty; go on with --resume, or choose another folder")
+    checkpoint = newest(c.out) if again else None
+    if not checkpoint:
         return None
-    if not latest.exists():
-        raise ValueError(f"--resume: no checkpoint in {c.out}; leave --resume out to start afresh")
     before = configuration.load(c.out / "config.json")
     changed = [f"--{k.replace('_', '-')} ({v!r} then, {getattr(c, k)!r} now)" for k, v in vars(before).items()
                if k not in MAY_DIFFER and str(v) != str(getattr(c, k))]
     if changed:
         raise ValueError(f"--resume: {c.out} was made with other values of {', '.join(changed)}")
-    return latest
+    return checkpoint
+
+
+def newest(out):
+    """The newest checkpoint of a run, or None. Whatever is called step-NNNNNN is whole."""
+    return max((out / "checkpoints").glob("step-??????"), default=None)
 
 
 class Log:
@@ -40,20 +54,61 @@ class Log:
         if run.process == 0:
             from torch.utils.tensorboard import SummaryWriter
             path = run.config.out / "log.jsonl"
-            kept = [s for s in path.read_text().splitlines() if json.loads(s)["step"] < run.step] if path.exists() else []
-            path.write_text("".join(s + "\n" for s in kept))  # a resumed run takes up after its checkpoint: no step twice
+            rows = path.read_text().split("\n") if path.exists() else []
+            kept = [row for row in rows if step_of(row) < run.step]  # a resumed run takes up after its checkpoint
+            configuration.write(path, "".join(row + "\n" for row in kept))
             self.file, self.board = open(path, "a"), SummaryWriter(run.config.out, purge_step=run.step)
 
     def write(self, step, numbers):
+        """numbers: {name: a number or a list}. What is not finite is written as text: JSON has no NaN."""
         if self.file:
-            self.file.write(json.dumps({"step": step, **numbers}) + "\n")
+            row = {k: v if isinstance(v, list) else round(v, 6) if math.isfinite(v) else str(v) for k, v in numbers.items()}
+            self.file.write(json.dumps({"step": step, **row}) + "\n")
             self.file.flush()
             for key, value in numbers.items():
-                self.board.add_scalar(key, value, step)
+                if not isinstance(value, list):
+                    self.board.add_scalar(key, value, step)
 
     def picture(self, step, name, image):
         self.board.add_image(name, torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(
             image.height, image.width, 3), step, dataformats="HWC")
+
+
+def step_of(row):
+    """The step of a line of log.jsonl; of half a line, infinity."""
+    try:
+        return json.loads(row)["step"]
+    except ValueError:
+        return math.inf
+
+
+def draw_samples(run, log):
+    """The grid at fixed prompts and seeds: samples/step-NNNNNN.png and TensorBoard."""
+    c = run.config
+    asked = prompt_lists.read(c.eval_prompts or c.prompts)[:c.sample_prompts]
+    def draw(adapter):
+        return sample.generate(run.pipe, run.plan, asked, c.guidance_scale, c.resolution, (adapter,), batch=8)[0]
+    if run.base_samples is None:
+        run.base_samples = draw(None)  # they never change: once a run
+    picture = sample.grid(asked, {"base": run.base_samples, f"step {run.step}": draw(diffusion.ADAPTER)})
+    (c.out / "samples").mkdir(exist_ok=True)
+    picture.save(c.out / f"samples/step-{run.step:06d}.png")
+    log.picture(run.step, "samples", picture)
+
+
+def report(run):
+    """Scores base against tuned on the held-out prompts, all processes together: the printed table, results.json, scores.jsonl,
+    samples/before_after.png."""
+    c, captioner = run.config, (run.captioner, run.tokenizer) if run.captioner else None
+    with diffusion.visiting(run.pipe.unet.device, *diffusion.text_encoders(run.pipe), run.pipe.vae, run.captioner):
+        scored = evaluate.score_run(c, run.pipe, run.plan, captioner=captioner, parser=run.parser, process=run.process,
+                                    processes=run.processes)
+    if scored:
+        results, asked, base, tuned = scored
+        configuration.write(c.out / "results.json", json.dumps(results, indent=2) + "\n")
+        (c.out / "samples").mkdir(exist_ok=True)
+        sample.grid(asked, {"base": base, "tuned": tuned}).save(c.out / "samples/before_after.png")
+        print(evaluate.table(results))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,34 +116,82 @@ class Log:
 
 def save_checkpoint(run):
     """checkpoints/step-NNNNNN: the LoRA in diffusers' format, the discriminator, both optimisers, the step. All randomness
-    comes from (seed, step, process), so there is no other state. Written under another name, then renamed; `latest` is
-    a link to it."""
+    comes from (seed, step, place in the step), so there is no other state. Written under another name, flushed to the disk,
+    then renamed; `latest` is a link to it. Raises ValueError if it cannot be written; the one before is then untouched."""
     folder = run.config.out / "checkpoints"
-    name = f"step-{run.step:06d}"
-    unfinished, final = folder / f".{name}.unfinished", folder / name
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    diffusion.save_lora(run.pipe, unfinished, diffusion.ADAPTER)
-    state = {"step": run.step, "optimizer": run.optimizer.state_dict()}
+    final = folder / f"step-{run.step:06d}"
+    unfinished, link = folder / f".{final.name}.unfinished", folder / ".latest"
+    try:
+        for leftover in folder.glob(".step-*"):  # of a process that was killed
+            shutil.rmtree(leftover)
+        unfinished.mkdir(parents=True)
+        write_state(run, unfinished)
+        for path in (*unfinished.iterdir(), unfinished):
+            flush(path)
+        discard(final)
+        unfinished.rename(final)
+        link.unlink(missing_ok=True)
+        link.symlink_to(final.name)
+        link.rename(folder / "latest")
+        flush(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        intact = newest(run.config.out)
+        raise ValueError(f"{final} cannot be written ({diffusion.first_line(error)}); make room, then go on with --resume"
+                         + (f": {intact.name} is intact" if intact else "")) from error
+    for old in sorted(folder.glob("step-??????"))[:-run.config.keep]:
+        discard(old)
+
+
+def write_state(run, folder):
+    diffusion.save_lora(run.pipe, folder, diffusion.ADAPTER)
+    state = {"step": run.step, "each": prompts_a_step(run), "prompts": parallel.hash_of(run.config.prompts),
+             "optimizer": run.optimizer.state_dict()}
     if run.head:
         adapter = get_peft_model_state_dict(run.pipe.unet, adapter_name=discriminator.ADAPTER)
         save_file({**{f"unet.{k}": v.contiguous() for k, v in adapter.items()},
-                   **{f"head.{k}": v for k, v in run.head.state_dict().items()}}, unfinished / "discriminator.safetensors")
+                   **{f"head.{k}": v for k, v in run.head.state_dict().items()}}, folder / "discriminator.safetensors")
         state["discriminator_optimizer"] = run.discriminator_optimizer.state_dict()
-    torch.save(state, unfinished / "state.pt")
-    shutil.rmtree(final, ignore_errors=True)
-    unfinished.rename(final)
-    link = folder / ".latest"
-    link.unlink(missing_ok=True)
-    link.symlink_to(name)
-    link.rename(folder / "latest")
-    for old in sorted(folder.glob("step-*"))[:-run.config.keep]:
-        shutil.rmtree(old)
+    torch.save(state, folder / "state.pt")
+
+
+def flush(path):
+    """Waits until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def discard(folder):
+    """Deletes a checkpoint, which first loses its name: what is called step-NNNNNN is whole."""
+    if folder.exists():
+        hidden = folder.with_name(f".{folder.name}.discarded")
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def prompts_a_step(run):
+    return run.config.batch * run.config.accumulate * run.processes
 
 
 def load_checkpoint(run, folder):
-    """Puts a run where it was when the checkpoint was written."""
-    state = torch.load(folder / "state.pt", weights_only=True, map_location=run.pipe.device)
+    """Puts a run where it was when the checkpoint was written. Raises ValueError if that cannot be done exactly."""
+    try:
+        restore(run, folder)
+    except (OSError, RuntimeError, KeyError, SafetensorError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{folder}: not a whole checkpoint of this model ({diffusion.first_line(error)}); delete it, and "
+                         "--resume takes the one before") from error
+
+
+def restore(run, folder):
+    state = torch.load(folder / "state.pt", weights_only=True, map_location=run.pipe.unet.device)  # no code of a stranger's
+    if state["each"] != prompts_a_step(run):
+        raise ValueError(f"--resume: {run.config.out} was made with {state['each']} prompts a step, --batch x --accumulate x "
+                         f"processes; now these are {run.config.batch} x {run.config.accumulate} x {run.processes}")
+    if state["prompts"] != parallel.hash_of(run.config.prompts):
+        raise ValueError(f"--resume: the content of {run.config.prompts} is not what it was at {folder.name}")
     lora = load_file(folder / "pytorch_lora_weights.safetensors")
     lora = convert_unet_state_dict_to_peft({k.removeprefix("unet."): v for k, v in lora.items()})
     set_peft_model_state_dict(run.pipe.unet, lora, diffusion.ADAPTER)

@@ -13,74 +13,53 @@ import config as configuration
 if __name__ == "__main__":
     parsed = configuration.parse()  # before the heavy imports: --help answers at once
 
-import contextlib  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
+import math  # noqa: E402
 import random  # noqa: E402
-import resource  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
-from dataclasses import dataclass, field  # noqa: E402
 from hashlib import sha256  # noqa: E402
 
 import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import attention  # noqa: E402
 import diffusion  # noqa: E402
 import discriminator  # noqa: E402
-import evaluate  # noqa: E402
 import losses  # noqa: E402
 import masks  # noqa: E402
 import output  # noqa: E402
 import parallel  # noqa: E402
 import prompts as prompt_lists  # noqa: E402
 import sample  # noqa: E402
-
-
-@dataclass
-class Run:
-    """Everything that a step needs. Models and optimisers that a weight of 0 switches off are None."""
-    config: configuration.Config
-    pipe: object
-    plan: diffusion.Schedule
-    prompts: list
-    parameters: list
-    optimizer: torch.optim.Optimizer
-    captioner: object = None
-    tokenizer: object = None
-    parser: object = None
-    segmenter: object = None
-    head: object = None
-    discriminator_parameters: list = field(default_factory=list)
-    discriminator_optimizer: object = None
-    empty: object = None
-    base_samples: object = None
-    step: int = 0
-    process: int = 0
-    processes: int = 1
-    seconds: dict = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def phase(self, name):
-        """Adds the time spent within to seconds[name]."""
-        start = time.perf_counter()
-        yield
-        if self.pipe.unet.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
+from build import announce, peak_memory, setup  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One training step
 
 def train_step(run):
-    """One optimiser step; returns the numbers to log."""
+    """One optimiser step on `accumulate` batches; returns the numbers to log. Neither optimiser steps if a gradient is not
+    finite: then "trouble" names the prompts, of all processes, and why."""
+    c, trouble = run.config, []
+    logs = [add_gradients(run, part, trouble) for part in range(c.accumulate)]
+    log = {key: sum(values) / len(values) for key in dict.fromkeys(key for row in logs for key in row)
+           if (values := [row[key] for row in logs if key in row])}
+    with run.phase("update"):  # 5. the LoRA's step and the discriminator's
+        log["lr"] = run.optimizer.param_groups[0]["lr"] = learning_rate(c, run.step)
+        log.update(update(run))
+    run.skipped = run.skipped + 1 if "skipped" in log else 0
+    if run.skipped:
+        log["trouble"] = parallel.gather(trouble, run.processes)
+    return log
+
+
+def add_gradients(run, part, trouble):
+    """Adds the gradients of one batch, this process's part-th of the step, to .grad; returns the numbers to log. If
+    images or gradients are not finite it says so in `trouble` and leaves a gradient that is not finite."""
     c, pipe, plan = run.config, run.pipe, run.plan
     trained, attended = choose_steps(c, run.step)
-    prompts = prompt_lists.batch_of(run.prompts, run.step, c.batch, c.seed, run.process, run.processes)
-    generators = [torch.Generator().manual_seed(seed_of(c.seed, "noise", run.step, 0, run.process * c.batch + i))
+    place = run.process * c.accumulate + part  # noise belongs to a prompt's place in the step, whoever computes it
+    prompts = prompt_lists.batch_of(run.prompts, run.step, c.batch, c.seed, place, run.processes * c.accumulate)
+    generators = [torch.Generator().manual_seed(seed_of(c.seed, "noise", run.step, 0, place * c.batch + i))
                   for i in range(c.batch)]
     text = diffusion.encode(pipe, prompts, run.empty)
 
@@ -91,6 +70,11 @@ def train_step(run):
 
     with run.phase("judge"):  # 2. dL/dz_T of caption and adversarial loss; masks from the same image
         gradients, images, log = judge(run, z, prompts, generators[0])
+    found = troubles(prompts, z, images, gradients)
+    trouble += found
+    if any(fatal for *_, fatal in found):
+        run.parameters[0].grad = torch.full_like(run.parameters[0], math.nan)
+        return log
     with run.phase("masks"):
         attention_loss = attention_loss_of(run, prompts, images, len(attended), log)
 
@@ -103,12 +87,8 @@ def train_step(run):
             if c.terms_every and run.step % c.terms_every == 0:
                 log = {**log, **norms_of_terms(run, replay, gradients, attention_loss, torch.zeros_like(z),
                                                 trained if c.through_inputs else attended)}
-
-    with run.phase("update"):  # 4. the LoRA's step, then the discriminator's own
-        log["lr"] = run.optimizer.param_groups[0]["lr"] = learning_rate(c, run.step)
-        log["gradient_norm"] = update(run.optimizer, run.parameters, c.clip_norm, run.processes)
-    if run.head:
-        log.update(discriminator_step(run, z, prompts))
+    if run.head:  # 4. the discriminator's own gradient
+        log.update(discriminate(run, z, prompts))
     return log
 
 
@@ -200,34 +180,62 @@ def attention_loss_of(run, prompts, images, times, log):
     return attention_loss
 
 
-def discriminator_step(run, z, prompts):
-    """The discriminator's own step: the original model's latents of the same prompts are real, the online model's are fake."""
+def troubles(prompts, z, images, gradients):
+    """[(prompt, why, whether it spoils the gradient)] for what cannot be learned from."""
+    found = []
+    for i, prompt in enumerate(prompts):
+        if not z[i].isfinite().all():
+            found.append((prompt, "the sampled latents are not finite", True))
+        elif images is not None and not images[i].isfinite().all():
+            found.append((prompt, "the VAE's image is not finite (an SDXL VAE in half precision needs "
+                                  "--vae madebyollin/sdxl-vae-fp16-fix)", True))
+        elif not all(g[i].isfinite().all() for g in gradients.values()):
+            found.append((prompt, "a loss or its gradient is not finite", True))
+        elif images is not None and images[i].max() == 0:
+            found.append((prompt, "the VAE's image is black", False))
+    return found
+
+
+def discriminate(run, z, prompts):
+    """Adds the discriminator's own gradient: the original model's latents of the prompts are real, the online model's fake."""
     c, timestep = run.config, run.plan.timesteps[-1]
     with run.phase("references"):
         real = discriminator.reference_latents(run.pipe, run.plan, c, prompts)
-    with run.phase("discriminator"):
-        with diffusion.adapter(run.pipe.unet, discriminator.ADAPTER):
-            logits = discriminator.logits(run.pipe, run.head, torch.cat([real, z]), timestep, run.empty)
-            loss = losses.discriminator_loss(*logits.chunk(2))
-            loss.backward()
-        norm = update(run.discriminator_optimizer, run.discriminator_parameters, c.clip_norm_discriminator, run.processes)
+    with run.phase("discriminator"), diffusion.adapter(run.pipe.unet, discriminator.ADAPTER):
+        logits = discriminator.logits(run.pipe, run.head, torch.cat([real, z]), timestep, run.empty)
+        loss = losses.discriminator_loss(*logits.chunk(2))
+        loss.backward()
     sign = torch.tensor([1.0, -1.0], device=z.device).repeat_interleave(len(z))
     right = (logits.mean((1, 2, 3)) * sign > 0).float().mean()
-    return {"loss_discriminator": loss.item(), "discriminator_accuracy": right.item(), "discriminator_gradient_norm": norm}
+    return {"loss_discriminator": loss.item(), "discriminator_accuracy": right.item()}
 
 
-def update(optimizer, parameters, clip_norm, processes):
-    """Averages the gradients over processes in one flat all_reduce, clips, steps; returns the norm before clipping."""
+def update(run):
+    """Averages the gradients over batches and processes, clips them, and lets both optimisers step, or neither if one norm is
+    not finite, which every process sees alike. Returns the norms before clipping, and "skipped" if nobody stepped."""
+    c = run.config
+    sides = [("gradient_norm", run.optimizer, run.parameters, c.clip_norm)]
+    if run.head:
+        sides += [("discriminator_gradient_norm", run.discriminator_optimizer, run.discriminator_parameters,
+                   c.clip_norm_discriminator)]
+    norms = {name: average_gradients(parameters, clip_norm, run) for name, _, parameters, clip_norm in sides}
+    finite = all(map(math.isfinite, norms.values()))
+    for _, optimizer, *_ in sides:
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norms if finite else {**norms, "skipped": 1}
+
+
+def average_gradients(parameters, clip_norm, run):
+    """Averages .grad over the step's batches and, in one flat all_reduce, over processes; clips; returns the norm before."""
     for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    if processes > 1:
-        flat = parallel.average(torch.cat([p.grad.flatten() for p in parameters]), processes)
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad.div_(run.config.accumulate)
+    if run.processes > 1:
+        flat = parallel.average(torch.cat([p.grad.flatten() for p in parameters]), run.processes)
         for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
             p.grad.copy_(part.view_as(p))
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm.item()
+    return torch.nn.utils.clip_grad_norm_(parameters, clip_norm).item()
 
 
 def learning_rate(c, step):
@@ -242,149 +250,69 @@ def seed_of(*names):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Set-up
-
-def setup(c, pipe=None, captioner=None, segmenter=None):
-    """Loads and freezes the models, adds the adapters, makes the optimisers. Models that are given are not loaded; captioner
-    is then (model, tokenizer)."""
-    configuration.check(c)
-    process, processes = parallel.join(c.device)
-    if not c.prompts.is_file() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        prompt_lists.fetch(c.prompts.parent)  # the default list, once a machine
-    if processes > 1:
-        dist.barrier()
-    torch.manual_seed(c.seed)
-    pipe, plan = (pipe, diffusion.plan_of(pipe, c)) if pipe else diffusion.open_pipeline(c)
-    device = pipe.unet.device
-    fused = device.type == "cuda"  # one kernel, and no temporary copies of the parameters
-    torch.backends.cuda.matmul.allow_tf32 = True  # the LoRA's products: float32 on tensor cores
-    parameters = diffusion.add_adapter(pipe.unet, diffusion.ADAPTER, c.rank)
-    run = Run(c, pipe, plan, prompt_lists.read(c.prompts), parameters,
-              torch.optim.AdamW(parameters, lr=c.lr, betas=(c.beta1, 0.999), fused=fused),
-              empty=diffusion.encode(pipe, [""]), process=process, processes=processes)
-    if c.caption_weight:
-        run.captioner, run.tokenizer = captioner or losses.load_captioner(c.captioner, device, getattr(torch, c.dtype))
-    if c.token_weight or c.pixel_weight:
-        run.parser, run.segmenter = masks.load_parser(c.parser), segmenter or masks.load_segmenter(c, device)
-        attention.cross_attention_layers(pipe.unet, c.attention_blocks)
-    if c.adversarial_weight:
-        run.head = discriminator.Head(pipe.unet.config.out_channels).to(device)
-        run.discriminator_parameters = [*discriminator.add_adapter(pipe, c.rank), *run.head.parameters()]
-        run.discriminator_optimizer = torch.optim.AdamW(run.discriminator_parameters, lr=c.lr_discriminator,
-                                                        betas=(0.0, 0.999), fused=fused)
-    save_memory(run)
-    pipe.unet.set_adapter(diffusion.ADAPTER)
-    if processes > 1:
-        for p in run.parameters + run.discriminator_parameters:
-            dist.broadcast(p.data, 0)
-    return run
-
-
-def save_memory(run):
-    """Applies --checkpointing, --offload and --compile."""
-    c, pipe = run.config, run.pipe
-    if c.checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
-        pipe.vae.enable_gradient_checkpointing()
-    if c.offload:
-        for model in (*diffusion.text_encoders(pipe), pipe.vae, run.captioner, run.segmenter):
-            if model is not None:
-                model.to("cpu")
-    if c.compile:
-        torch._dynamo.config.recompile_limit = 64  # per block: sizes x adapters x with or without gradient
-        pipe.unet.compile_repeated_blocks()
-
-
-def announce(run):
-    """What follows from the configuration, once, at the start."""
-    c, total = run.config, sum(p.numel() for p in run.parameters)
-    print(f"{c.model}: {total / 1e6:.2f} M LoRA parameters in {len(run.parameters)} tensors, {run.pipe.unet.dtype} base on "
-          f"{run.pipe.unet.device}\n{c.steps} steps of {c.batch} x {run.processes} = {c.batch * run.processes} prompts, "
-          f"{c.steps * c.batch * run.processes / len(run.prompts):.1f} epochs of {len(run.prompts)}; gradient through "
-          f"{c.grad_steps} of {c.num_steps} denoising steps")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
-def draw_samples(run, log):
-    """The grid at fixed prompts and seeds: samples/step-NNNNNN.png and TensorBoard."""
-    c = run.config
-    asked = prompt_lists.read(c.eval_prompts or c.prompts)[:c.sample_prompts]
-    def draw(adapter):
-        return sample.generate(run.pipe, run.plan, asked, c.guidance_scale, c.resolution, (adapter,), batch=8)[0]
-    if run.base_samples is None:
-        run.base_samples = draw(None)  # they never change: once a run
-    picture = sample.grid(asked, {"base": run.base_samples, f"step {run.step}": draw(diffusion.ADAPTER)})
-    (c.out / "samples").mkdir(exist_ok=True)
-    picture.save(c.out / f"samples/step-{run.step:06d}.png")
-    log.picture(run.step, "samples", picture)
-
-
-def peak_memory(device):
-    """GiB: of the GPU where there is one, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform != "darwin" else 1) / 2 ** 30
-
-
-def report(run):
-    """Scores base against tuned on the held-out prompts, all processes together: the printed table, results.json, scores.jsonl,
-    samples/before_after.png."""
-    c, captioner = run.config, (run.captioner, run.tokenizer) if run.captioner else None
-    with diffusion.visiting(run.pipe.unet.device, *diffusion.text_encoders(run.pipe), run.pipe.vae, run.captioner):
-        scored = evaluate.score_run(c, run.pipe, run.plan, captioner=captioner, parser=run.parser, process=run.process,
-                                    processes=run.processes)
-    if scored:
-        results, asked, base, tuned = scored
-        evaluate.write(c.out / "results.json", json.dumps(results, indent=2) + "\n")
-        (c.out / "samples").mkdir(exist_ok=True)
-        sample.grid(asked, {"base": base, "tuned": tuned}).save(c.out / "samples/before_after.png")
-        print(evaluate.table(results))
-
-
 def train(run):
-    """The loop: steps, logs, grids, checkpoints, and at the end the scores."""
+    """The loop: steps, logs, grids, checkpoints, and at the end the scores. SIGTERM and SIGINT let the step end, save and
+    stop; a second one stops at once."""
     c, first = run.config, run.process == 0
-    log = output.Log(run)
+    log, wanted = output.Log(run), parallel.StopWanted()
     bar = tqdm(range(run.step, c.steps), initial=run.step, total=c.steps, desc=c.out.name, disable=not first)
     for _ in bar:
         start, run.seconds = time.perf_counter(), {}
         numbers = train_step(run)
         numbers.update({f"seconds_{k}": v for k, v in run.seconds.items()}, seconds=time.perf_counter() - start,
                        peak_memory_gib=peak_memory(run.pipe.unet.device))
-        log.write(run.step, {k: round(v, 6) for k, v in numbers.items()})
+        log.write(run.step, numbers)
         bar.set_postfix({k.removeprefix("loss_"): f"{v:.3g}" for k, v in numbers.items() if k.startswith("loss_")})
+        check_trouble(run, numbers)
         run.step += 1
         if first and c.sample_every and run.step % c.sample_every == 0:
-            draw_samples(run, log)
-        if run.step % c.checkpoint_every == 0 or run.step == c.steps:
-            if run.processes > 1:
-                parallel.check_agreement(run)
+            output.draw_samples(run, log)
+        stop = parallel.any_of(wanted.seen, run) and run.step < c.steps
+        if run.step % c.checkpoint_every == 0 or run.step == c.steps or stop:
+            parallel.check_agreement(run)
             if first:
                 output.save_checkpoint(run)
+        if stop:
+            if first:
+                bar.write(f"stopped after step {run.step} of {c.steps}; --resume goes on", file=sys.stderr)
+            return
+    wanted.forget()
     if first and run.processes > 1:
         print("the processes hold equal weights")  # or the last check would have ended the run
     if c.eval_prompts:
-        report(run)
+        output.report(run)
+
+
+def check_trouble(run, numbers):
+    """Says which prompts spoilt a step; ends the run if too many steps in a row were skipped."""
+    c, whose = run.config, "; ".join(f"{prompt[:80]!r}: {why}" for prompt, why, _ in numbers.get("trouble", []))
+    if run.process == 0 and "skipped" in numbers:
+        tqdm.write(f"step {run.step} skipped: {whose or 'a gradient is not finite'}", file=sys.stderr)
+    if run.skipped > c.max_skips:
+        sys.exit(f"train.py: {run.skipped} steps in a row had a loss or gradient that is not finite ({whose}); the newest "
+                 f"checkpoint is from before: lower --lr, or try --dtype float32, and go on with --resume")
 
 
 def main(c):
     try:
-        checkpoint = output.open_output(c) if int(os.environ.get("RANK", 0)) == 0 or c.resume else None
+        checkpoint = output.open_output(c)
         run = setup(c)
         if checkpoint:
             output.load_checkpoint(run, checkpoint)
+        parallel.check_alike(run)
         if run.process == 0:
             c.out.mkdir(parents=True, exist_ok=True)
             configuration.save(c, c.out / "config.json")
             announce(run)
-    except (ValueError, OSError) as error:
+        train(run)
+        parallel.leave(run)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"train.py: {diffusion.first_line(error)} Try --checkpointing, --offload, or a smaller --batch with "
+                 "--accumulate; bench.py --predict says what fits")
+    except (ValueError, OSError, parallel.Lost) as error:
         sys.exit(f"train.py: {diffusion.first_line(error)}")
-    train(run)
-    if run.processes > 1:
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

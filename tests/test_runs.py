@@ -83,7 +83,7 @@ def finished(tmp_path_factory):
     ("lr", 0.5), ("batch", 3), ("seed", 1), ("attention_blocks", ("mid_block",)), ("through_inputs", True)])
 def test_resume_refuses_another_recipe_and_names_the_field(finished, field, value):
     c = replace(finished[0], resume=True)
-    assert output.open_output(c).name == "latest"
+    assert output.open_output(c).name == "step-000000"
     assert output.open_output(replace(c, steps=99, keep=1, sample_every=7))
     with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} .*then.*now"):
         output.open_output(replace(c, **{field: value}))
@@ -163,8 +163,7 @@ for run.step in range(3):
     train.train_step(run)
     weights.append([p.detach().clone() for p in run.parameters + run.discriminator_parameters])
 torch.save({{"noise": noises[0], "prompts": asked, "weights": weights}}, folder / f"rank{{run.process}}.pt")
-train.dist.barrier()
-train.dist.destroy_process_group()
+train.parallel.leave(run)
 """
 
 
@@ -198,14 +197,13 @@ def test_two_processes_have_prompts_and_noise_of_their_own(two_ranks):
 def test_two_processes_take_the_mean_of_their_gradients(two_ranks, tmp_path, monkeypatch):
     """The first step again, each rank's gradient alone in this process: the update is their mean, not one of them."""
     gradients = []
-    monkeypatch.setattr(train, "update", lambda optimizer, parameters, *rest: gradients.append(
+    monkeypatch.setattr(train, "average_gradients", lambda parameters, *rest: gradients.append(
         [p.grad.clone() for p in parameters]) or 0.0)
     for rank in range(2):
         c = small_config(tmp_path, clip_norm=1e9, beta1=0.0, lr=0.1)
         run = train.setup(c)
         start = [p.detach().clone() for p in run.parameters]
         run.process, run.processes = rank, 2
-        monkeypatch.setattr(train.parallel, "average", lambda tensor, processes: tensor)
         train.train_step(run)
     for p, a, b, found in zip(start, *gradients, two_ranks[1][0]["weights"][0]):
         if b.abs().max() > 0:  # lora_B: the gradient of lora_A is zero while B is

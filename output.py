@@ -63,8 +63,12 @@ class Log:
         """numbers: {name: a number or a list}. What is not finite is written as text: JSON has no NaN."""
         if self.file:
             row = {k: v if isinstance(v, list) else round(v, 6) if math.isfinite(v) else str(v) for k, v in numbers.items()}
-            self.file.write(json.dumps({"step": step, **row}) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps({"step": step, **row}) + "\n")
+                self.file.flush()
+            except OSError as error:
+                raise ValueError(f"{self.file.name}: cannot be written ({error.strerror}); make room, then go on with --resume"
+                                 ) from error
             for key, value in numbers.items():
                 if not isinstance(value, list):
                     self.board.add_scalar(key, value, step)

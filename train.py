@@ -48,8 +48,8 @@ def train_step(run):
         log.update(update(run))
     run.skipped = run.skipped + 1 if "skipped" in log else 0
     if run.skipped:
-        log["trouble"] = parallel.gather(trouble, run.processes)
-    return log
+        trouble = parallel.gather(trouble, run.processes)
+    return {**log, "trouble": trouble} if trouble else log
 
 
 def add_gradients(run, part, trouble):
@@ -286,11 +286,11 @@ def train(run):
 
 
 def check_trouble(run, numbers):
-    """Says which prompts spoilt a step; ends the run if too many steps in a row were skipped."""
-    c, whose = run.config, "; ".join(f"{prompt[:80]!r}: {why}" for prompt, why, _ in numbers.get("trouble", []))
-    if run.process == 0 and "skipped" in numbers:
-        tqdm.write(f"step {run.step} skipped: {whose or 'a gradient is not finite'}", file=sys.stderr)
-    if run.skipped > c.max_skips:
+    """Says which prompts made trouble; ends the run if too many steps in a row were skipped."""
+    whose = "; ".join(f"{prompt[:80]!r}: {why}" for prompt, why, _ in numbers.get("trouble", []))
+    if run.skipped or whose:
+        tqdm.write(f"step {run.step}{' skipped' * bool(run.skipped)}: {whose or 'the gradient is not finite'}", file=sys.stderr)
+    if run.skipped > run.config.max_skips:
         sys.exit(f"train.py: {run.skipped} steps in a row had a loss or gradient that is not finite ({whose}); the newest "
                  f"checkpoint is from before: lower --lr, or try --dtype float32, and go on with --resume")
 
@@ -311,6 +311,8 @@ def main(c):
     except torch.OutOfMemoryError as error:
         sys.exit(f"train.py: {diffusion.first_line(error)} Try --checkpointing, --offload, or a smaller --batch with "
                  "--accumulate; bench.py --predict says what fits")
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped at once; the newest checkpoint is whole")
     except (ValueError, OSError, parallel.Lost) as error:
         sys.exit(f"train.py: {diffusion.first_line(error)}")
 

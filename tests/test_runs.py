@@ -80,7 +80,7 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("lr", 0.5), ("batch", 3), ("seed", 1), ("attention_blocks", ("mid_block",)), ("through_inputs", True)])
+    ("lr", 0.5), ("grad_steps", 3), ("seed", 1), ("attention_blocks", ("mid_block",)), ("through_inputs", True)])
 def test_resume_refuses_another_recipe_and_names_the_field(finished, field, value):
     c = replace(finished[0], resume=True)
     assert output.open_output(c).name == "step-000000"
@@ -219,7 +219,7 @@ def test_the_command_runs_on_two_processes(tmp_path):
                    "--eval-count", 2, "--rank", 4, "--out", out,
                    modules=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("LoRA parameters") == 1 and "2 x 2 = 4 prompts" in done.stdout
+    assert done.stdout.count("LoRA parameters") == 1 and "2 x 1 x 2 = 4 prompts" in done.stdout
     assert [json.loads(line)["step"] for line in open(out / "log.jsonl")] == [0, 1]
     assert (out / "results.json").exists() and (out / "checkpoints/latest/state.pt").exists()
 
@@ -237,7 +237,7 @@ def test_two_machines_train_alike(tmp_path):
         done = list(pool.map(lambda _: command(*flags), range(2)))
     assert [d.returncode for d in done] == [0, 0], done[0].stderr[-2000:] + done[1].stderr[-2000:]
     said = done[0].stdout + done[1].stdout
-    assert said.count("LoRA parameters") == 1 and "3 steps of 2 x 2 = 4 prompts" in said
+    assert said.count("LoRA parameters") == 1 and "3 steps of 2 x 1 x 2 = 4 prompts" in said
     assert said.count("the processes hold equal weights") == 1
     assert [json.loads(line)["step"] for line in open(tmp_path / "run/log.jsonl")] == [0, 1, 2]
 

@@ -1,14 +1,14 @@
 """One training step, measured: seconds, arithmetic and peak memory of each phase, through the functions that train.py uses.
 
     python bench.py sdxl --random-weights              does my GPU hold the recipe? True sizes, random weights, no download
+    python bench.py sdxl --predict                     peak memory and arithmetic without running it, on any computer
     python bench.py sd15 --random-weights --batch 2    any field of the configuration is a flag
     python bench.py shapes                             the weights that the preset names
     python bench.py sdxl --random-weights --device cpu --dtype bfloat16 --num-steps 2 --grad-steps 1 --batch 1    on 24 GB
 
 The captioner, GroundingDINO and SAM are part of the step. The reference latents are made in it, as in a first epoch; later
-they come from disk. With random weights it ends with an error unless every number is finite and every tensor of the LoRA got a
-gradient. (Of SDXL's discriminator half of them rightly do not: its empty prompt is a zero embedding, on which cross-attention
-adds nothing.)
+they come from disk. With random weights it ends with an error unless every number is finite and every tensor of both adapters
+got a gradient.
 """
 import json
 import sys
@@ -25,6 +25,12 @@ class Bench(configuration.Config):
     """A Config, and how to measure it."""
     random_weights: bool = False
     """Build the preset's architectures with random weights instead of loading --model, --captioner and --segmenter."""
+    width: float = 1.0
+    """With --random-weights: the UNet's channels and heads as a share of the true ones."""
+    profile: bool = False
+    """Show where the time of a step goes, by torch's profiler."""
+    predict: bool = False
+    """Run nothing: follow the step on tensors without data and print what it would need (predict.py)."""
     repeat: int = 1
     """Steps that are measured; the fastest is shown. On a GPU one more runs before them."""
     json: str = ""
@@ -84,15 +90,25 @@ def default_dtype(dtype):
         torch.set_default_dtype(before)
 
 
-def random_pipeline(name, scheduler, device, dtype):
+def narrower(unet, width):
+    """A UNet's configuration with its channels and heads times `width`."""
+    heads = unet["attention_head_dim"]  # diffusers calls the number so
+    heads = tuple(max(1, int(n * width)) for n in heads) if isinstance(heads, tuple) else max(1, int(heads * width))
+    channels = tuple(int(n * width) for n in unet["block_out_channels"])
+    return {**unet, "block_out_channels": channels, "attention_head_dim": heads}
+
+
+def random_pipeline(name, scheduler, device, dtype, width=1.0):
     """A pipeline of the preset's architecture with random weights, frozen."""
     from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
     tokenizer, ids = masks.load_tokenizer(), dict(vocab_size=49408, bos_token_id=49406, eos_token_id=49407)
-    with default_dtype(dtype):
-        parts = dict(unet=UNet2DConditionModel(**UNETS[name]), text_encoder=CLIPTextModel(CLIPTextConfig(**CLIP_L, **ids)),
+    noise = diffusion.SCHEDULERS[scheduler](**NOISE)
+    with default_dtype(dtype), device:
+        parts = dict(unet=UNet2DConditionModel(**narrower(UNETS[name], width)),
+                     text_encoder=CLIPTextModel(CLIPTextConfig(**CLIP_L, **ids)),
                      vae=AutoencoderKL(**VAE, scaling_factor=0.13025 if name == "sdxl" else 0.18215), tokenizer=tokenizer,
-                     scheduler=diffusion.SCHEDULERS[scheduler](**NOISE))
+                     scheduler=noise)
         if name == "sdxl":
             second = CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_G, **ids))
             pipe = StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=tokenizer)
@@ -118,7 +134,7 @@ def word_tokenizer():
 def random_captioner(device, dtype):
     """BLIP-large with random weights, frozen, and its tokenizer."""
     from transformers import BlipConfig, BlipForConditionalGeneration
-    with default_dtype(dtype):
+    with default_dtype(dtype), device:
         captioner = BlipForConditionalGeneration(BlipConfig(vision_config=BLIP_VISION, text_config=BLIP_TEXT))
     return captioner.to(device).requires_grad_(False).eval(), word_tokenizer()
 
@@ -126,7 +142,9 @@ def random_captioner(device, dtype):
 def random_segmenter(c, device):
     """GroundingDINO (Swin-T) and SAM with random weights. The thresholds are 0: SAM gets as many boxes as it ever does."""
     from segment_anything import sam_model_registry
-    dino, sam = masks.build_dino(word_tokenizer()), sam_model_registry[c.sam_type]()
+    tokenizer = word_tokenizer()
+    with device:
+        dino, sam = masks.build_dino(tokenizer), sam_model_registry[c.sam_type]()
     return masks.GroundedSAM(dino, sam, 0.0, 0.0, getattr(torch, c.dtype)).to(device)
 
 
@@ -198,8 +216,10 @@ class Meter:
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.phases[name] = dict(seconds=time.perf_counter() - start, peak_gib=train.peak_memory(self.device),
-                                 tflop=(self.products.flop - flop) / 1e12)
+        sums = self.phases.setdefault(name, dict(seconds=0.0, peak_gib=0.0, tflop=0.0))  # with --accumulate it comes again
+        sums["seconds"] += time.perf_counter() - start
+        sums["peak_gib"] = max(sums["peak_gib"], train.peak_memory(self.device))
+        sums["tflop"] += (self.products.flop - flop) / 1e12
 
 
 def watch_gradients(run):
@@ -217,9 +237,9 @@ def watch_gradients(run):
 
 def measure(run, repeat):
     """Runs training steps; returns (phases of the fastest, numbers it logged, gradient counts)."""
-    device = run.pipe.device
+    device = run.pipe.unet.device
     warm_up, counts, best = device.type == "cuda", watch_gradients(run), None
-    slow = device.type == "cpu" and run.pipe.unet.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    slow = product_dtype(device, run.pipe.unet.dtype) != run.pipe.unet.dtype
     for i in range(warm_up + repeat):
         products = Products(in_float32=slow)
         meter = Meter(device, products)
@@ -233,19 +253,68 @@ def measure(run, repeat):
     return *best[1:], counts
 
 
-def table(phases):
-    """The figures of each phase as the lines that are printed."""
+def product_dtype(device, dtype):
+    """What products of tensors of a dtype are made in here: fp32 in place of bf16 on a CPU without its instructions."""
+    slow = device.type == "cpu" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.float32 if slow else dtype
+
+
+def peak_speed(device, dtype):
+    """TFLOP/s of the fastest of ten large matrix products: what this device reaches, not what its maker says."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, best = torch.randn(n, n, device=device, dtype=product_dtype(device, dtype)), math.inf
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n ** 3 / best / 1e12
+
+
+KERNELS = {  # the step's arithmetic, by the names of torch's operators
+    "matrix products": ("mm", "addmm", "bmm", "baddbmm", "linear", "mkldnn_linear"),
+    "convolutions": ("mkldnn_convolution", "cudnn_convolution", "convolution_backward", "slow_conv2d", "thnn_conv2d"),
+    "attention": ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "_fused_sdp")}
+
+
+def profile(run):
+    """One step under torch's profiler: the lines of a table, seconds and share by kind of operator. What is no operator's is
+    Python's, and what waits for it."""
+    from torch.profiler import ProfilerActivity
+    gpu = run.pipe.unet.device.type == "cuda"
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * gpu]) as recorded:
+        start = time.perf_counter()
+        train.train_step(run)
+        total = time.perf_counter() - start
+    kinds, others = dict.fromkeys(KERNELS, 0.0), {}
+    for row in recorded.key_averages():
+        name = row.key.removeprefix("aten::")
+        seconds = (row.self_device_time_total if gpu else row.self_cpu_time_total) / 1e6
+        kind = next((k for k, names in KERNELS.items() if name in names or k == "attention" and name.startswith(names)), None)
+        if kind:
+            kinds[kind] += seconds
+        else:
+            others[name] = others.get(name, 0.0) + seconds
+    largest = sorted(others.items(), key=lambda item: -item[1])[:6]
+    rest = total - sum(kinds.values()) - sum(seconds for _, seconds in largest)
+    rows = [*kinds.items(), ("these three", sum(kinds.values())), *largest, ("all else", rest), ("step", total)]
+    return "\n".join(f"{name:<40}{seconds:9.2f} s{seconds / total:8.1%}" for name, seconds in rows)
+
+
+def table(phases, peak):
+    """The figures of each phase as the lines that are printed; peak: TFLOP/s that the device reaches."""
     total = {k: sum(p[k] for p in phases.values()) for k in ("seconds", "tflop")}
     total["peak_gib"] = max(p["peak_gib"] for p in phases.values())
-    lines = [f"{'phase':<14}{'seconds':>9}{'share':>8}{'TFLOP':>10}{'TFLOP/s':>10}{'peak GiB':>10}"]
+    lines = [f"{'phase':<14}{'seconds':>9}{'share':>8}{'TFLOP':>10}{'TFLOP/s':>10}{'of peak':>9}{'peak GiB':>10}"]
     for name, p in {**phases, "step": total}.items():
         lines.append(f"{name:<14}{p['seconds']:9.2f}{p['seconds'] / total['seconds']:8.1%}{p['tflop']:10.3f}"
-                     f"{p['tflop'] / p['seconds']:10.3f}{p['peak_gib']:10.2f}")
+                     f"{p['tflop'] / p['seconds']:10.3f}{p['tflop'] / p['seconds'] / peak:9.1%}{p['peak_gib']:10.2f}")
     return "\n".join(lines)
 
 
-def prepare(c, folder):
-    """A Run for the measurement, with all its files below `folder`."""
+def prepare(c, folder, device=None):
+    """A Run for the measurement, with all its files below `folder`; on the Config's device unless one is given."""
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS * (1 + c.batch // len(PROMPTS))) + "\n")
     c = replace(c, prompts=c.prompts if c.prompts.is_file() else prompts, out=folder / "out", references=folder / "references",
@@ -255,9 +324,9 @@ def prepare(c, folder):
         return train.setup(c)
     if c.preset not in UNETS:
         raise ValueError(f"--random-weights: there is no published architecture for {c.preset}; leave it out")
-    device, dtype = diffusion.choose_device(c), getattr(torch, c.dtype)
+    device, dtype = device or diffusion.choose_device(c), getattr(torch, c.dtype)
     torch.manual_seed(c.seed)
-    run = train.setup(c, random_pipeline(c.preset, c.scheduler, device, dtype),
+    run = train.setup(c, random_pipeline(c.preset, c.scheduler, device, dtype, c.width),
                       random_captioner(device, dtype) if c.caption_weight else None,
                       random_segmenter(c, device) if c.token_weight or c.pixel_weight else None)
     for p in run.parameters + run.discriminator_parameters:  # B and the head start at zero, and so would half the gradients
@@ -266,21 +335,32 @@ def prepare(c, folder):
 
 
 def main(c):
+    if c.predict:
+        import predict
+        phases = predict.main(c)
+        if c.json:
+            Path(c.json).write_text(json.dumps({"config": vars(c), "phases": phases}, indent=2, default=str) + "\n")
+        return
+    before = train.peak_memory(diffusion.choose_device(c))
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         run = prepare(c, Path(folder))
         parameters = sum(p.numel() for n, p in run.pipe.unet.named_parameters() if ".lora_" not in n)
+        device = run.pipe.unet.device
         print(f"{c.preset}{', random weights' if c.random_weights else ''}: UNet {parameters / 1e9:.3f} G parameters, LoRA "
-              f"{sum(p.numel() for p in run.parameters) / 1e6:.1f} M, {c.dtype} on {run.pipe.device}, {c.resolution} px, batch "
+              f"{sum(p.numel() for p in run.parameters) / 1e6:.1f} M, {c.dtype} on {device}, {c.resolution} px, batch "
               f"{c.batch}, T = {c.num_steps}, K = {c.grad_steps}; models ready in {time.perf_counter() - start:.0f} s, "
-              f"{train.peak_memory(run.pipe.device):.2f} GiB at most", flush=True)
+              f"{train.peak_memory(device):.2f} GiB at most, {before:.2f} before", flush=True)
         phases, numbers, counts = measure(run, c.repeat)
-    print(table(phases))
+        peak = peak_speed(run.pipe.unet.device, run.pipe.unet.dtype)
+        print(table(phases, peak) + f"\npeak, a large matrix product: {peak:.3f} TFLOP/s")
+        if c.profile:
+            print(profile(run))
     print(", ".join(f"{k} {v:.4g}" for k, v in numbers.items() if k.startswith(("loss", "gradient", "discriminator_g"))))
     print("finite, nonzero gradient: " + ", ".join(f"{n} of {of} {k} tensors" for k, (n, of) in counts.items()))
     if c.json:
-        Path(c.json).write_text(json.dumps({"config": vars(c), "phases": phases, "numbers": numbers, "gradients": counts},
-                                           indent=2, default=str) + "\n")
+        Path(c.json).write_text(json.dumps({"config": vars(c), "phases": phases, "numbers": numbers, "gradients": counts,
+                                            "peak_tflops": peak}, indent=2, default=str) + "\n")
     wrong = [k for k, v in numbers.items() if not math.isfinite(v)]
     reached, tensors = counts["LoRA"]
     if c.random_weights and (wrong or reached < tensors):

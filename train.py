@@ -43,9 +43,8 @@ def train_step(run):
     logs = [add_gradients(run, part, trouble) for part in range(c.accumulate)]
     log = {key: sum(values) / len(values) for key in dict.fromkeys(key for row in logs for key in row)
            if (values := [row[key] for row in logs if key in row])}
-    with run.phase("update"):  # 5. the LoRA's step and the discriminator's
-        log["lr"] = run.optimizer.param_groups[0]["lr"] = learning_rate(c, run.step)
-        log.update(update(run))
+    log["lr"] = run.optimizer.param_groups[0]["lr"] = learning_rate(c, run.step)
+    log.update(update(run))  # 5. the LoRA's step and the discriminator's
     run.skipped = run.skipped + 1 if "skipped" in log else 0
     if run.skipped:
         trouble = parallel.gather(trouble, run.processes)
@@ -218,12 +217,14 @@ def update(run):
     if run.head:
         sides += [("discriminator_gradient_norm", run.discriminator_optimizer, run.discriminator_parameters,
                    c.clip_norm_discriminator)]
-    norms = {name: average_gradients(parameters, clip_norm, run) for name, _, parameters, clip_norm in sides}
+    with run.phase("all_reduce"):
+        norms = {name: average_gradients(parameters, clip_norm, run) for name, _, parameters, clip_norm in sides}
     finite = all(map(math.isfinite, norms.values()))
-    for _, optimizer, *_ in sides:
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    with run.phase("optimiser"):
+        for _, optimizer, *_ in sides:
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
     return norms if finite else {**norms, "skipped": 1}
 
 

@@ -101,3 +101,20 @@ def trained(tmp_path_factory):
                    *SMALL_RUN, *LOSS_FLAGS)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder / "run", done
+
+
+@pytest.fixture
+def small_sizes(monkeypatch):
+    """Every architecture of bench.py narrow and shallow; the classes and the code stay."""
+    import bench
+    narrow = dict(block_out_channels=(32, 32, 32), cross_attention_dim=48, transformer_layers_per_block=1,
+                  attention_head_dim=(1, 2, 2), projection_class_embeddings_input_dim=16 + 6 * 256)
+    monkeypatch.setitem(bench.UNETS, "sdxl", {**bench.UNETS["sdxl"], **narrow})
+    monkeypatch.setitem(bench.UNETS, "sd15", dict(block_out_channels=(32,) * 4, cross_attention_dim=32, attention_head_dim=2))
+    monkeypatch.setattr(bench, "VAE", {**bench.VAE, "block_out_channels": (32,) * 4, "layers_per_block": 1})
+    clip = dict(intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    monkeypatch.setattr(bench, "CLIP_L", {**bench.CLIP_L, **clip, "hidden_size": 32})
+    monkeypatch.setattr(bench, "CLIP_G", {**bench.CLIP_G, **clip, "hidden_size": 16, "projection_dim": 16})
+    blip = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    monkeypatch.setattr(bench, "BLIP_VISION", {**blip, "image_size": 32})
+    monkeypatch.setattr(bench, "BLIP_TEXT", blip)

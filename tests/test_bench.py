@@ -87,22 +87,6 @@ def test_float32_products_round_once_and_keep_bf16():
 # ---------------------------------------------------------------------------------------------------------------------
 # Steps
 
-@pytest.fixture
-def small_sizes(monkeypatch):
-    """Every architecture narrow and shallow; the classes and the code stay."""
-    narrow = dict(block_out_channels=(32, 32, 32), cross_attention_dim=48, transformer_layers_per_block=1,
-                  attention_head_dim=(1, 2, 2), projection_class_embeddings_input_dim=16 + 6 * 256)
-    monkeypatch.setitem(bench.UNETS, "sdxl", {**bench.UNETS["sdxl"], **narrow})
-    monkeypatch.setitem(bench.UNETS, "sd15", dict(block_out_channels=(32,) * 4, cross_attention_dim=32, attention_head_dim=2))
-    monkeypatch.setattr(bench, "VAE", {**bench.VAE, "block_out_channels": (32,) * 4, "layers_per_block": 1})
-    clip = dict(intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    monkeypatch.setattr(bench, "CLIP_L", {**bench.CLIP_L, **clip, "hidden_size": 32})
-    monkeypatch.setattr(bench, "CLIP_G", {**bench.CLIP_G, **clip, "hidden_size": 16, "projection_dim": 16})
-    blip = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    monkeypatch.setattr(bench, "BLIP_VISION", {**blip, "image_size": 32})
-    monkeypatch.setattr(bench, "BLIP_TEXT", blip)
-
-
 def parse(*arguments):
     presets = {n: (text, bench.Bench(**vars(c), preset=n)) for n, (text, c) in config.PRESETS.items()}
     return config.parse([str(a) for a in arguments], presets=presets)
@@ -116,8 +100,8 @@ def test_a_random_weight_step(small_sizes, tmp_path, capsys, preset, dtype):
                      "--pixel-weight", 0, "--attention-blocks", *blocks, "--json", tmp_path / "bench.json", *SMALL))
     said = capsys.readouterr().out
     figures = json.loads((tmp_path / "bench.json").read_text())
-    assert [line.split()[0] for line in said.splitlines()[2:9]] == [
-        "sample", "judge", "masks", "replay", "update", "references", "discriminator"]
+    assert [line.split()[0] for line in said.splitlines()[2:10]] == [
+        "sample", "judge", "masks", "replay", "references", "discriminator", "all_reduce", "optimiser"]
     assert all(figures["phases"][k]["tflop"] > 0 for k in ("sample", "judge", "replay", "references", "discriminator"))
     assert {k for k in figures["numbers"] if k.startswith("loss")} == {"loss_caption", "loss_adversarial", "loss_discriminator"}
     assert all(math.isfinite(v) for v in figures["numbers"].values())

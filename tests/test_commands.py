@@ -249,7 +249,7 @@ def test_train(trained):
     rows = [json.loads(line) for line in open(out / "log.jsonl")]
     assert [row["step"] for row in rows] == [0, 1]
     wanted = {"loss_caption", "loss_token", "loss_pixel", "loss_adversarial", "loss_discriminator", "gradient_norm",
-              "lr", "seconds", "seconds_sample", "seconds_judge", "seconds_replay", "seconds_update", "peak_memory_gib"}
+              "lr", "seconds", "seconds_sample", "seconds_judge", "seconds_replay", "seconds_optimiser", "peak_memory_gib"}
     assert all(wanted <= set(row) and row["gradient_norm"] > 0 for row in rows)
     check_results(out / "results.json", 4)
     assert "\nprompts, n = 4 " in done.stdout and "gradient through 2 of 4 denoising steps" in done.stdout

@@ -1,10 +1,19 @@
 """What saves time or memory leaves the gradient as it is: judging in parts, checkpointing, merged sampling, torch.compile."""
+from dataclasses import replace
+from unittest import mock
+
 import pytest
 import torch
 from conftest import ALL_LOSSES, randomise, small_config
 
+import attention
+import bench
+import config
 import diffusion
 import discriminator
+import losses
+import predict
+import prompts
 import train
 
 
@@ -126,3 +135,67 @@ def test_no_adapter_where_the_empty_prompt_is_zero(tmp_path):
     run.pipe.register_to_config(force_zeros_for_empty_prompt=False)
     run.pipe.unet.delete_adapters(discriminator.ADAPTER)
     assert len(discriminator.add_adapter(run.pipe, 2)) == 2 * len(names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes
+
+class Halves(torch.nn.Module):
+    """A segmenter that finds the first noun on the left and every other one on the right."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    def masks(self, images, nouns):
+        left = (torch.arange(images.shape[-1], device=images.device) < images.shape[-1] // 2).float().expand(images.shape[-2:])
+        return [torch.stack([left if i == 0 else 1 - left for i in range(len(row))]) for row in nouns]
+
+
+def one_graph_step(run):
+    """The plain way, for comparison: the loop, the judges and the attention losses in one graph, one backward pass."""
+    c, pipe, plan = run.config, run.pipe, run.plan
+    trained, attended = train.choose_steps(c, run.step)
+    asked = prompts.batch_of(run.prompts, run.step, c.batch, c.seed)
+    text = diffusion.encode(pipe, asked, run.empty)
+    z, total = torch.zeros(c.batch, 4, c.resolution // 8, c.resolution // 8, device=pipe.unet.device), 0.0
+    found = run.segmenter.masks(z.new_zeros(c.batch, 3, c.resolution, c.resolution), [["a", "b"]] * c.batch)
+    with diffusion.adapter(pipe.unet, diffusion.ADAPTER):
+        for i in range(c.num_steps):
+            with torch.set_grad_enabled(i in trained):
+                with attention.capture(pipe.unet, c.attention_blocks if i in attended else ()) as captured:
+                    output = diffusion.guided(pipe, plan, i, z.detach(), text, c.guidance_scale)
+                if captured:
+                    maps = attention.attention_maps(captured, c.batch)
+                    total = total + sum(f([m[b] for m in maps], [[2, 3], [6]], found[b], c.attention_reduction)
+                                        for b in range(c.batch) for f in (losses.token_loss, losses.pixel_loss))
+            z = plan.a[i] * z + plan.b[i] * output
+        images = diffusion.decode(pipe, z)
+        total = total + losses.caption_loss(run.captioner, run.tokenizer, images, asked).mean()
+        with diffusion.adapter(pipe.unet, discriminator.ADAPTER):
+            logits = discriminator.logits(pipe, run.head, z, plan.timesteps[-1], run.empty)
+        (total + losses.generator_loss(logits)).backward()
+
+
+def test_memory_does_not_grow_with_the_trained_steps(small_sizes, monkeypatch, tmp_path):
+    """Tiny SDXL, 512 px, T = 20: what a step needs above the models and the optimisers, in bytes of live tensors."""
+    monkeypatch.setitem(bench.UNETS, "sdxl", {**bench.UNETS["sdxl"], "block_out_channels": (64, 128, 128)})
+    monkeypatch.setattr(bench, "VAE", {**bench.VAE, "block_out_channels": (8,) * 4, "norm_num_groups": 4})
+    monkeypatch.setattr(bench, "random_segmenter", lambda *_: Halves())
+    presets = {n: (text, bench.Bench(**vars(c), preset=n)) for n, (text, c) in config.PRESETS.items()}
+    c = config.parse(["sdxl", "--random-weights", "--dtype", "float32", "--num-steps", "20", "--batch", "1", "--rank", "4",
+                      "--attention-blocks", "mid_block", "up_blocks.1"], presets=presets)
+    memory, peaks = predict.Memory("meta"), {}
+    with predict.without_data(memory), memory:
+        run = bench.prepare(c, tmp_path, predict.META)
+        run.phase = memory.phase
+        train.train_step(run)  # makes the optimisers' states
+        for name, step, steps in (("ours, K = 1", train.train_step, 1), ("ours, K = 5", train.train_step, 5),
+                                  ("ours, K = 10", train.train_step, 10), ("one graph, K = 5", one_graph_step, 5)):
+            run.config, base, memory.phases = replace(run.config, grad_steps=steps), memory.live, {}
+            with memory.phase("all of it"):
+                step(run)
+            peaks[name] = max(p["peak_gib"] for p in memory.phases.values()) * 2 ** 10 - base / 2 ** 20
+    print({name: f"{peak:.1f} MiB" for name, peak in peaks.items()})
+    assert peaks["ours, K = 10"] < 1.1 * peaks["ours, K = 1"]
+    assert peaks["one graph, K = 5"] > 4 * peaks["ours, K = 5"]

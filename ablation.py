@@ -52,8 +52,7 @@ def finish(folder, flags, threads):
     if (folder / "results.json").is_file():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    resume = ["--resume"] if (folder / "checkpoints/latest").exists() else []
-    command = [sys.executable, str(Path(__file__).with_name("train.py")), "shapes", "--out", str(folder), *flags, *resume]
+    command = [sys.executable, str(Path(__file__).with_name("train.py")), "shapes", "--out", str(folder), *flags, "--resume"]
     said = folder.with_suffix(".txt")
     with open(said, "a") as file:
         done = subprocess.run(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": str(threads)})

@@ -26,19 +26,20 @@ MAY_DIFFER = {"out", "resume", "steps", "sample_every", "sample_prompts", "terms
 
 def open_output(c):
     """Returns the checkpoint to go on from, or None to start. Refuses a folder that is in use, and a resume with another
-    recipe. A process that torchrun has started again (--max-restarts) goes on by itself."""
+    recipe. A process that torchrun has started again (--max-restarts) resumes by itself."""
     again = c.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if not again and c.out.exists() and (not c.out.is_dir() or any(c.out.iterdir())) and int(os.environ.get("RANK", 0)) == 0:
-        raise ValueError(f"--out {c.out}: not empty; go on with --resume, or choose another folder")
-    checkpoint = newest(c.out) if again else None
-    if not checkpoint:
+    begun, first = (c.out / "config.json").is_file(), int(os.environ.get("RANK", 0)) == 0
+    if first and not (again and begun) and c.out.exists() and (not c.out.is_dir() or any(c.out.iterdir())):
+        raise ValueError(f"--out {c.out}: not empty" + ("; go on with --resume, or choose another folder" if begun else
+                                                        ", and not a run's folder; choose another"))
+    if not again or not begun:
         return None
     before = configuration.load(c.out / "config.json")
     changed = [f"--{k.replace('_', '-')} ({v!r} then, {getattr(c, k)!r} now)" for k, v in vars(before).items()
                if k not in MAY_DIFFER and str(v) != str(getattr(c, k))]
     if changed:
         raise ValueError(f"--resume: {c.out} was made with other values of {', '.join(changed)}")
-    return checkpoint
+    return newest(c.out)
 
 
 def newest(out):
@@ -67,7 +68,7 @@ class Log:
                 self.file.write(json.dumps({"step": step, **row}) + "\n")
                 self.file.flush()
             except OSError as error:
-                raise ValueError(f"{self.file.name}: cannot be written ({error.strerror}); make room, then go on with --resume"
+                raise OSError(f"{self.file.name}: cannot be written ({error.strerror}); make room, then go on with --resume"
                                  ) from error
             for key, value in numbers.items():
                 if not isinstance(value, list):
@@ -121,7 +122,7 @@ def report(run):
 def save_checkpoint(run):
     """checkpoints/step-NNNNNN: the LoRA in diffusers' format, the discriminator, both optimisers, the step. All randomness
     comes from (seed, step, place in the step), so there is no other state. Written under another name, flushed to the disk,
-    then renamed; `latest` is a link to it. Raises ValueError if it cannot be written; the one before is then untouched."""
+    then renamed; `latest` is a link to it. Raises OSError if it cannot be written; the one before is then untouched."""
     folder = run.config.out / "checkpoints"
     final = folder / f"step-{run.step:06d}"
     unfinished, link = folder / f".{final.name}.unfinished", folder / ".latest"
@@ -141,7 +142,7 @@ def save_checkpoint(run):
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         intact = newest(run.config.out)
-        raise ValueError(f"{final} cannot be written ({diffusion.first_line(error)}); make room, then go on with --resume"
+        raise OSError(f"{final} cannot be written ({diffusion.first_line(error)}); make room, then go on with --resume"
                          + (f": {intact.name} is intact" if intact else "")) from error
     for old in sorted(folder.glob("step-??????"))[:-run.config.keep]:
         discard(old)

@@ -13,6 +13,7 @@ import config as configuration
 if __name__ == "__main__":
     parsed = configuration.parse()  # before the heavy imports: --help answers at once
 
+import contextlib  # noqa: E402
 import math  # noqa: E402
 import random  # noqa: E402
 import sys  # noqa: E402
@@ -60,9 +61,9 @@ def add_gradients(run, part, trouble):
     prompts = prompt_lists.batch_of(run.prompts, run.step, c.batch, c.seed, place, run.processes * c.accumulate)
     generators = [torch.Generator().manual_seed(seed_of(c.seed, "noise", run.step, 0, place * c.batch + i))
                   for i in range(c.batch)]
-    text = diffusion.encode(pipe, prompts, run.empty)
 
     with run.phase("sample"):  # 1. T steps with the online model, no gradient; keep the inputs of the trained ones
+        text = diffusion.encode(pipe, prompts, run.empty)
         noise = diffusion.initial_noise(pipe, (c.resolution, c.resolution), generators)
         with (diffusion.merged if c.merge else diffusion.adapter)(pipe.unet, diffusion.ADAPTER):
             z, states = diffusion.sample(pipe, plan, text, noise, generators, c.guidance_scale, keep=trained)
@@ -254,8 +255,8 @@ def seed_of(*names):
 # The loop
 
 def train(run):
-    """The loop: steps, logs, grids, checkpoints, and at the end the scores. SIGTERM and SIGINT let the step end, save and
-    stop; a second one stops at once."""
+    """The loop: steps, logs, grids, checkpoints. SIGTERM and SIGINT let the step end, save and stop; a second one stops at
+    once."""
     c, first = run.config, run.process == 0
     log, wanted = output.Log(run), parallel.StopWanted()
     bar = tqdm(range(run.step, c.steps), initial=run.step, total=c.steps, desc=c.out.name, disable=not first)
@@ -282,8 +283,6 @@ def train(run):
     wanted.forget()
     if first and run.processes > 1:
         print("the processes hold equal weights")  # or the last check would have ended the run
-    if c.eval_prompts:
-        output.report(run)
 
 
 def check_trouble(run, numbers):
@@ -296,26 +295,40 @@ def check_trouble(run, numbers):
                  f"checkpoint is from before: lower --lr, or try --dtype float32, and go on with --resume")
 
 
-def main(c):
+@contextlib.contextmanager
+def told(*errors):
+    """Ends the program with one line, in place of a traceback, for errors that are no fault of the code."""
     try:
-        checkpoint = output.open_output(c)
-        run = setup(c)
-        if checkpoint:
-            output.load_checkpoint(run, checkpoint)
-        parallel.check_alike(run)
-        if run.process == 0:
-            c.out.mkdir(parents=True, exist_ok=True)
-            configuration.save(c, c.out / "config.json")
-            announce(run)
+        yield
+    except errors as error:
+        said = {torch.OutOfMemoryError: "out of the GPU's memory: try --checkpointing, --offload, or a smaller --batch with "
+                                        "--accumulate; bench.py --predict says what fits",
+                KeyboardInterrupt: "stopped at once; the newest checkpoint is whole"}
+        sys.exit(f"train.py: {said.get(type(error)) or diffusion.first_line(error)}")
+
+
+def begin(c):
+    """The Run of a Config, new or as its newest checkpoint left it. Raises ValueError for what the user can mend."""
+    checkpoint = output.open_output(c)
+    run = setup(c)
+    if checkpoint:
+        output.load_checkpoint(run, checkpoint)
+    parallel.check_alike(run)
+    if run.process == 0:
+        configuration.save(c, c.out / "config.json")
+        announce(run)
+    return run
+
+
+def main(c):
+    with told(ValueError, OSError, parallel.Lost):
+        run = begin(c)
+    with told(OSError, parallel.Lost, torch.OutOfMemoryError, KeyboardInterrupt):
         train(run)
+    with told(ValueError, OSError, parallel.Lost):
+        if c.eval_prompts and run.step == c.steps:
+            output.report(run)
         parallel.leave(run)
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"train.py: {diffusion.first_line(error)} Try --checkpointing, --offload, or a smaller --batch with "
-                 "--accumulate; bench.py --predict says what fits")
-    except KeyboardInterrupt:
-        sys.exit("train.py: stopped at once; the newest checkpoint is whole")
-    except (ValueError, OSError, parallel.Lost) as error:
-        sys.exit(f"train.py: {diffusion.first_line(error)}")
 
 
 if __name__ == "__main__":

@@ -107,7 +107,6 @@ MISTAKES = {  # flags of train.py shapes: what the line must name
     "nothing to learn": (["--caption-weight", "0", "--token-weight", "0", "--pixel-weight", "0", "--adversarial-weight", "0",
                           "--adversarial-cap", "0"], "all loss weights are 0: there is nothing to learn; set --caption-weight"),
     "nothing to cap by": (["--caption-weight", "0"], "--adversarial-cap"),
-    "nothing to resume": (["--resume"], "--resume"),
 }
 
 
@@ -125,7 +124,8 @@ def test_a_mistake_is_one_clear_line_and_leaves_nothing_behind(monkeypatch, caps
 def test_a_folder_in_use_is_not_touched(monkeypatch, capsys, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     said = mistake(monkeypatch, capsys, "train.py", "shapes", "--out", tmp_path)
-    assert f"--out {tmp_path}: not empty" in said and "--resume" in said
+    assert f"--out {tmp_path}: not empty, and not a run's folder" in said
+    assert said == mistake(monkeypatch, capsys, "train.py", "shapes", "--out", tmp_path, "--resume")
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
     assert str(tmp_path / "thesis.txt") in mistake(
         monkeypatch, capsys, "train.py", "shapes", "--out", tmp_path / "thesis.txt")
@@ -298,7 +298,7 @@ def test_pretrain_writes_the_same_lists(tmp_path):
 def test_an_interrupted_report_leaves_a_checkpoint(monkeypatch, tmp_path, trained):
     """Scores come after the last checkpoint: if they fail, the training is not lost."""
     c = small_config(tmp_path, steps=1)
-    monkeypatch.setattr(train, "report", lambda run: 1 / 0)
+    monkeypatch.setattr(train.output, "report", lambda run: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.main(c)
     assert (c.out / "checkpoints/latest/pytorch_lora_weights.safetensors").exists()

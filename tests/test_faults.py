@@ -204,6 +204,7 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
     (tmp_path / "run").mkdir()
+    configuration.save(small_config(tmp_path, **OPTIONS), tmp_path / "run/config.json")
     (tmp_path / "run/checkpoints").write_text("in the way")
     with pytest.raises(SystemExit, match="^train.py: .*step-000001 cannot be written .*make room"):
         train.main(small_config(tmp_path, **OPTIONS, resume=True))

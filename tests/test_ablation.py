@@ -88,6 +88,7 @@ def test_what_is_finished_is_not_run_again_and_what_was_cut_off_goes_on(runs, mo
     (runs / "cut/checkpoints/latest").mkdir(parents=True)
     ablation.finish(runs / "cut", ["--seed", "7"], 2)
     ablation.finish(runs / "new", [], 1)
-    assert asked == [(["--out", str(runs / "cut"), "--seed", "7", "--resume"], "2"), (["--out", str(runs / "new"), "--resume"], "1")]
+    assert asked == [(["--out", str(runs / "cut"), "--seed", "7", "--resume"], "2"),
+                     (["--out", str(runs / "new"), "--resume"], "1")]
     with pytest.raises(ValueError, match="bad: training failed, see .*bad.txt"):
         ablation.finish(runs / "bad", [], 1)

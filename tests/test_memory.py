@@ -1,6 +1,5 @@
 """What saves time or memory leaves the gradient as it is: judging in parts, checkpointing, merged sampling, torch.compile."""
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import torch

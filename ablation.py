@@ -1,7 +1,7 @@
 """The paper's ablation in miniature: which of CoMat's terms does what, on the embedded shapes world.
 
-    python ablation.py                            four recipes, three seeds each; about an hour and a half on two cores
-    python ablation.py --steps 20                 shorter runs, half an hour
+    python ablation.py                            four recipes, three seeds each; about two hours on two cores
+    python ablation.py --steps 20                 shorter runs, an hour
     python ablation.py --jobs 4                   four runs at a time, which share the cores
 
 Each run is `train.py shapes` with some weights set to 0, in OUT/<recipe>-<seed>. What is finished is not run again, what was

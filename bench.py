@@ -323,7 +323,7 @@ def prepare(c, folder, device=None):
     if not c.random_weights:
         return train.setup(c)
     if c.preset not in UNETS:
-        raise ValueError(f"--random-weights: there is no published architecture for {c.preset}; leave it out")
+        raise ValueError(f"--random-weights: there is no published architecture for {c.preset}; leave it, or --predict, out")
     device, dtype = device or diffusion.choose_device(c), getattr(torch, c.dtype)
     torch.manual_seed(c.seed)
     run = train.setup(c, random_pipeline(c.preset, c.scheduler, device, dtype, c.width),

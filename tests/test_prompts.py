@@ -103,7 +103,7 @@ def test_a_wrong_validation_list_is_refused_and_not_written(mirror, tmp_path):
     with pytest.raises(ValueError, match="numeracy_val.txt: a wrong file, 1 prompts"):
         prompts.fetch(tmp_path / "data", mirror.as_uri())
     assert not {"train.txt", "t2i_compbench/numeracy_val.txt"} & files(tmp_path / "data")
-    assert not any(name.endswith(".tmp") for name in files(tmp_path / "data"))
+    assert not any(name.endswith(".unfinished") for name in files(tmp_path / "data"))
 
 
 def test_a_wrong_file_placed_by_hand_is_refused_and_kept(mirror, tmp_path):

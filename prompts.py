@@ -133,9 +133,14 @@ def json_prompt(line, where):
         raise ValueError(f"{where}: not JSON ({error})") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise ValueError(f'{where}: a JSON object with a text field "prompt" is expected')
-    if re.search("[\0\ud800-\udfff]", row["prompt"]):
-        raise ValueError(f"{where}: no text: \\u0000 or half of a surrogate pair in the prompt")
+    check_text(row["prompt"], where)
     return " ".join(row["prompt"].split())  # a prompt is one line
+
+
+def check_text(prompt, where):
+    """Refuses what no tokenizer takes: half of a surrogate pair, as JSON or a command line may hold it; and NUL."""
+    if re.search("[\0\ud800-\udfff]", prompt):
+        raise ValueError(f"{where}: no text: NUL or half of a surrogate pair in {prompt[:60]!r}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

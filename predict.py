@@ -1,4 +1,4 @@
-"""What a training step needs, without running it: arithmetic and peak memory of each phase, on any computer, in minutes.
+"""What a training step needs, without running it: arithmetic and peak memory of each phase, on any computer, in a minute.
 
     python bench.py sdxl --predict --batch 2 --checkpointing     one configuration, phase by phase; any field is a flag
     python predict.py                                            the README's table, in Markdown
@@ -21,7 +21,7 @@ from torch.fx.experimental import _config as shapes
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import set_device
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import bench
@@ -30,17 +30,11 @@ import diffusion
 import train
 
 META, CPU, aten = torch.device("meta"), torch.device("cpu"), torch.ops.aten
-SMALL = 1024  # elements of a tensor whose values Values computes
 CARDS = {24: 23.6, 40: 39.4, 80: 79.1}  # GB in a card's name: GiB that CUDA reports
 
 
-def leaves(values):
-    """The values in a list of values and lists, one after the other."""
-    return [leaf for x in values for leaf in (leaves(x) if isinstance(x, (list, tuple)) else (x,))]
-
-
-def tensors(*values):
-    return [x for x in leaves(values) if isinstance(x, torch.Tensor)]
+def tensors(tree):
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
 class Memory(TorchDispatchMode):
@@ -76,46 +70,46 @@ class Memory(TorchDispatchMode):
 
 
 class Values(TorchDispatchMode):
-    """Lets code that looks into tensors run on those without data. Small ones made of known numbers (token indices, sizes of
-    feature maps) are computed beside, in `known`. Of others each element of a mask is True, but a condition is False, all() is
-    True (finite), any() is False (not finite), and a number is 1."""
-    known, shapes = WeakTensorKeyDictionary(), {}
+    """Lets code that looks into tensors run on those without data. Those up to `small` elements that are made of known numbers
+    (token indices, sizes of feature maps) are computed beside, in `known`. Of others each element of a mask is True, but a
+    condition is False, all() is True (finite), any() is False (not finite), and a number is 1."""
+    known, made, small = WeakTensorKeyDictionary(), {}, 1024
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs, packet, values, inputs = kwargs or {}, func.overloadpacket, None, tensors(args, *kwargs.values())
+        kwargs, packet, values = kwargs or {}, func.overloadpacket, None
+        inputs = tensors(parts := tree_leaves((args, kwargs)))
         target = kwargs.get("device", inputs[0].device if inputs else CPU)
         if target != META and not any(x.is_meta for x in inputs):
             return func(*args, **kwargs)
-        if all(x.numel() <= SMALL and (not x.is_meta or x in self.known) for x in inputs) and "empty" not in func.__name__:
+        if all(x.numel() <= self.small and (not x.is_meta or x in self.known) for x in inputs) and "empty" not in func.__name__:
             there = tree_map_only((torch.Tensor, torch.device),
                                   lambda x: self.known.get(x, x) if isinstance(x, torch.Tensor) else CPU, (args, kwargs))
             values = func(*there[0], **there[1])
         if packet is aten._local_scalar_dense:
             return values if values is not None else inputs[0].dtype != torch.bool and 1
         if packet is aten._to_copy and target == CPU:  # large ones, the models of --offload, take no memory: none is touched
-            new = torch.zeros if inputs[0].numel() <= SMALL else torch.empty
+            new = torch.zeros if inputs[0].numel() <= self.small else torch.empty
             return new(inputs[0].shape, dtype=kwargs.get("dtype") or inputs[0].dtype) if values is None else values.clone()
         if packet is aten._unique2 and values is None:
             return tuple(inputs[0].new_empty(1) for _ in range(3))
-        output = values.to(META) if packet is aten.nonzero and values is not None else self.of_shape(func, args, kwargs)
+        output = values.to(META) if packet is aten.nonzero and values is not None else self.on_meta(func, args, kwargs, parts)
         if packet in (aten.all, aten.any) and values is None:
             values = torch.full(output.shape, packet is aten.all)
         for x in tensors(output) if func._schema.is_mutable else ():
             self.known.pop(x, None)
-        self.known.update((x, v) for x, v in zip(tensors(output), tensors(values)) if x.numel() <= SMALL)
+        self.known.update((x, v) for x, v in zip(tensors(output), tensors(values)) if x.numel() <= self.small)
         return output
 
-    def of_shape(self, func, args, kwargs):
-        """func on meta. What makes new tensors is asked once for equal shapes: torch takes a long time to find them."""
-        key = func, *kwargs, *((x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else (x, type(x))
-                               for x in leaves((args, *kwargs.values())))
-        if key in self.shapes:
-            made = [x and torch.empty_strided(x[0], x[1], dtype=x[2], device=META) for x in self.shapes[key]]
-            return made[0] if len(made) == 1 else tuple(made)
-        output = func(*args, **kwargs)
-        if not any(x.alias_info for x in (*func._schema.arguments, *func._schema.returns)):
-            self.shapes[key] = [x is not None and (x.shape, x.stride(), x.dtype) or None for x in leaves([output])]
-        return output
+    def on_meta(self, func, args, kwargs, parts):
+        """func(*args, **kwargs). What makes new tensors is asked once for equal shapes: torch takes long to find theirs."""
+        key = func, *kwargs, *((x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else (x, type(x)) for x in parts)
+        if key not in self.made:
+            output = func(*args, **kwargs)
+            if any(x.alias_info for x in (*func._schema.arguments, *func._schema.returns)):
+                return output
+            self.made[key] = [x if x is None else (x.shape, x.stride(), x.dtype) for x in tree_leaves(output)]
+        output = [x and torch.empty_strided(x[0], x[1], dtype=x[2], device=META) for x in self.made[key]]
+        return output[0] if len(output) == 1 else tuple(output)
 
 
 class Autocast(TorchFunctionMode):
@@ -133,24 +127,17 @@ class Autocast(TorchFunctionMode):
 
 
 def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """F.scaled_dot_product_attention by a kernel that keeps inputs, output and a number a query, as GPUs and CPUs have it; on
-    meta torch would take one that keeps the maps."""
+    """F.scaled_dot_product_attention by a kernel that keeps no maps, as GPUs and CPUs have it; on meta torch's would."""
     mask = attn_mask.to(query.dtype) if attn_mask is not None and attn_mask.dtype == torch.bool else attn_mask
     return bench.ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale)[0]
-
-
-def by_way_of_cpu(make):
-    """torch.tensor or as_tensor, so that Values sees the numbers."""
-    def made(data, device=None, **more):
-        return make(data, device=CPU, **more).to(META) if device == META else make(data, device=device, **more)
-    return made
 
 
 @contextlib.contextmanager
 def without_data(memory):
     """Within the context training runs on meta tensors. Of the denoising steps without gradient, which are all alike, only the
     last of a loop is done, and its arithmetic is that of all."""
-    guided, add_adapter = diffusion.guided, set_device(META)(diffusion.add_adapter)  # peft would leave a second one on the CPU
+    guided, as_tensor = diffusion.guided, torch.as_tensor
+    add_adapter = set_device(META)(diffusion.add_adapter)  # peft would leave a second one on the CPU
 
     def last_step_only(pipe, plan, i, z, *rest):
         before, others = memory.flop, 0 if torch.is_grad_enabled() else len(plan.timesteps) - 1
@@ -159,12 +146,13 @@ def without_data(memory):
         output = guided(pipe, plan, i, z, *rest)
         memory.flop += others * (memory.flop - before)
         return output
-    with (warnings.catch_warnings(action="ignore"), shapes.patch(meta_nonzero_assume_all_nonzero=True),
+
+    def numbers_to_tensor(data, *dtype, device=None, **more):  # on the CPU first, where Values sees them
+        return as_tensor(data, *dtype, **more).to(device or CPU)
+    with (warnings.catch_warnings(action="ignore"), shapes.patch(meta_nonzero_assume_all_nonzero=True), Values(),
           mock.patch.multiple(diffusion, add_adapter=add_adapter, guided=last_step_only),
           mock.patch.multiple(F, scaled_dot_product_attention=attend),
-          mock.patch.multiple(torch, autocast=Autocast, tensor=by_way_of_cpu(torch.tensor),
-                              as_tensor=by_way_of_cpu(torch.as_tensor)),
-          Values()):
+          mock.patch.multiple(torch, autocast=Autocast, as_tensor=numbers_to_tensor)):
         yield
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import command, tiny_pipeline
+from conftest import tiny_pipeline
 from test_bench import parse
 from test_grounded_sam import tiny_dino, tiny_sam, tiny_tokenizer
 
@@ -19,7 +19,7 @@ import masks
 import predict
 import train
 
-FLAGS = ["--device", "cpu", "--dtype", "float32", "--resolution", 64, "--num-steps", 4, "--grad-steps", 2, "--batch", 2,
+FLAGS = ["--device", "cpu", "--dtype", "float32", "--resolution", 64, "--num-steps", 3, "--grad-steps", 2, "--batch", 2,
          "--rank", 2, "--attention-steps", 1, "--attention-blocks", "mid_block", "up_blocks.1"]
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,54 +138,56 @@ def small(small_sizes, monkeypatch, tmp_path):
 
 
 def second_step(c):
-    """The phases of a step on the CPU, when a step before it has made the optimisers' states."""
+    """The phases of a step on the CPU, when a step before it has made the optimisers' states; without AdamW's step counters,
+    which are on the CPU whatever the device."""
     with tempfile.TemporaryDirectory() as folder, predict.Memory("cpu") as memory:
         run = bench.prepare(replace(c, random_weights=True), Path(folder))
         run.phase = memory.phase
         for i in range(2):
             memory.phases, run.config = {}, replace(run.config, references=Path(folder) / str(i))
             train.train_step(run)
-    return memory.phases
+    counters = 512 * len(run.parameters + run.discriminator_parameters) / 2 ** 30
+    return {name: {**p, "peak_gib": p["peak_gib"] - counters} for name, p in memory.phases.items()}
 
 
-@pytest.mark.parametrize(("preset", "options"), [("sdxl", []), ("sd15", ["--checkpointing", "--merge", "--judge-batch", 2])])
+@pytest.mark.parametrize(("preset", "options"), [
+    ("sdxl", []), ("sd15", ["--checkpointing", "--merge", "--judge-batch", 2, "--token-weight", 0, "--pixel-weight", 0])])
 def test_prediction_is_what_a_step_takes(small, preset, options):
     c = parse(preset, *FLAGS, *options)
     predicted, real = predict.steps(c, [2])[2], second_step(c)
     assert list(predicted) == list(real) and len(real) >= 7
     for name, figures in real.items():
         assert predicted[name]["tflop"] == pytest.approx(figures["tflop"], rel=1e-12), name
-        assert predicted[name]["peak_gib"] == pytest.approx(figures["peak_gib"], rel=0.01), name
+        assert predicted[name]["peak_gib"] == pytest.approx(figures["peak_gib"], rel=0.002), name
 
 
 def test_batches_and_parked_models(small):
-    """More images need more; with --offload the models that a phase does not use are not there, the UNet's phases lose all."""
-    c = parse("sdxl", *FLAGS, "--token-weight", 0, "--pixel-weight", 0)
+    """More images need more; with --offload the UNet's phases do without all other models."""
+    c = parse("sdxl", *FLAGS, "--token-weight", 0, "--pixel-weight", 0, "--adversarial-weight", 0, "--grad-steps", 1)
     one, three = predict.steps(c, [1, 3]).values()
     parked, = predict.steps(replace(c, offload=True), [1]).values()
-    for phase in ("sample", "replay", "discriminator"):
+    for phase in ("sample", "replay"):
         assert three[phase]["peak_gib"] > one[phase]["peak_gib"]
-        assert three[phase]["tflop"] == pytest.approx(3 * one[phase]["tflop"])
+        assert three[phase]["tflop"] == pytest.approx(3 * one[phase]["tflop"], rel=0.05)  # but for the text encoders' [""]
     pipe = bench.random_pipeline("sdxl", "ddpm", predict.META, torch.float32)
     models = pipe.vae, pipe.text_encoder, pipe.text_encoder_2, bench.random_captioner(predict.META, torch.float32)[0]
     weights = sum(x.nbytes for m in models for x in m.parameters()) / 2 ** 30
-    for phase in ("sample", "replay"):
-        assert one[phase]["peak_gib"] - parked[phase]["peak_gib"] == pytest.approx(weights, rel=0.05)
-    assert one["judge"]["tflop"] == parked["judge"]["tflop"]
+    assert one["replay"]["peak_gib"] - parked["replay"]["peak_gib"] == pytest.approx(weights, rel=0.05)
 
 
-def test_predicted_arithmetic_is_what_bench_measures(small, tmp_path, capsys):
+def test_predicted_arithmetic_is_what_bench_measures(small_sizes, tmp_path, capsys):
     figures = []
     for mode in ("--random-weights", "--predict"):
-        bench.main(parse("sdxl", mode, *FLAGS, "--json", tmp_path / "figures.json"))
-        figures.append(json.loads((tmp_path / "figures.json").read_text()))
+        bench.main(parse("sdxl", mode, *FLAGS, "--batch", 1, "--token-weight", 0, "--pixel-weight", 0, "--json",
+                         tmp_path / "f.json"))
+        figures.append(json.loads((tmp_path / "f.json").read_text()))
     measured, predicted = (f["phases"] for f in figures)
     assert list(measured) == list(predicted)
     for name in measured:
         assert predicted[name]["tflop"] == pytest.approx(measured[name]["tflop"], rel=1e-12), name
-    assert sum(p["tflop"] > 0 for p in predicted.values()) == 6
+    assert sum(p["tflop"] > 0 for p in predicted.values()) == 5
     said = capsys.readouterr().out
-    assert "sdxl, not run but predicted: float32, 64 px, batch 2, T = 4, K = 2" in said
+    assert "sdxl, not run but predicted: float32, 64 px, batch 1, T = 3, K = 2" in said
     assert said.rstrip().endswith("fits a card of 24 GB: yes, 40 GB: yes, 80 GB: yes")
 
 
@@ -214,7 +216,6 @@ def test_the_table_has_a_row_a_configuration(monkeypatch, capsys):
     assert {preset for preset, *_ in asked} == {"sdxl", "sd15"}
 
 
-def test_a_preset_without_architecture_is_one_line():
-    done = command("bench.py", "shapes", "--predict")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].endswith("no published architecture for shapes; leave it, or --predict, out")
+def test_a_preset_without_architecture():
+    with pytest.raises(ValueError, match="no published architecture for shapes; leave it, or --predict, out"):
+        bench.main(parse("shapes", "--predict"))

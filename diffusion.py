@@ -33,6 +33,7 @@ from peft.utils import get_peft_model_state_dict
 
 import attention
 import config as configuration
+from entities import MAX_CHARS
 
 SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "euler": EulerDiscreteScheduler}
 ADAPTER = "comat"  # the online model's adapter
@@ -49,11 +50,12 @@ def load(model, unet=None, vae=None, revision=None, scheduler="ddpm", device="cp
     left out. Raises ValueError, naming the flag, if something is not what it should be."""
     try:
         index = DiffusionPipeline.load_config(model, revision=revision)
-    except OSError as error:
+    except (OSError, RecursionError) as error:
         raise ValueError(f"--model {model}: no diffusers pipeline there; give a hub id (needs the network once) or a folder "
                          f"with model_index.json ({first_line(error)})") from None
-    if index["_class_name"] not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
-        raise ValueError(f"--model {model}: is a {index['_class_name']}; Stable Diffusion or Stable Diffusion XL is needed")
+    kind = index.get("_class_name") if isinstance(index, dict) else None
+    if kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
+        raise ValueError(f"--model {model}: is a {kind}; Stable Diffusion or Stable Diffusion XL is needed")
     if Path(model).is_dir():
         missing = [n for n, v in index.items() if isinstance(v, list) and v[0] and not (Path(model) / n).is_dir()
                    and n not in ("safety_checker", "feature_extractor") and not (n == "unet" and unet or n == "vae" and vae)]
@@ -64,8 +66,15 @@ def load(model, unet=None, vae=None, revision=None, scheduler="ddpm", device="cp
     if "safety_checker" in index:
         parts.update(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     try:
+        for name in ("text_encoder", "text_encoder_2"):
+            if name in index:
+                parts[name] = load_whole(getattr(transformers, index[name][1]), model, subfolder=name, dtype=dtype,
+                                         revision=revision)
         pipe = DiffusionPipeline.from_pretrained(model, revision=revision, dtype=dtype, **parts)
-    except (OSError, ValueError, RuntimeError) as error:
+        if any(p.is_meta for part in (pipe.unet, pipe.vae) for p in part.parameters()):
+            raise ValueError("weights are missing in unet/ or vae/")
+        check_tokenizer(pipe.tokenizer, pipe.text_encoder.config.vocab_size)
+    except Exception as error:  # of a damaged folder diffusers, transformers and safetensors raise nearly anything
         raise ValueError(f"--model {model}: cannot be loaded ({first_line(error)})") from error
     settings = {"clip_sample": False, **pipe.scheduler.config}  # DDPM's own default would clip latents as if they were pixels
     pipe.scheduler = SCHEDULERS[scheduler].from_config(settings)
@@ -82,11 +91,29 @@ def load_part(flag, cls, source, dtype):
         if kind != cls.__name__:  # diffusers would go on with random weights
             raise ValueError(f"--{flag} {source}: is a {kind}, not a {cls.__name__}")
         try:
-            return cls.from_pretrained(source, subfolder=subfolder, dtype=dtype)
-        except (OSError, ValueError, RuntimeError) as error:
+            part = cls.from_pretrained(source, subfolder=subfolder, dtype=dtype)
+            if any(p.is_meta for p in part.parameters()):
+                raise ValueError("weights are missing")
+            return part
+        except Exception as error:  # as above
             raise ValueError(f"--{flag} {source}: cannot be loaded ({first_line(error)})") from error
     raise ValueError(f"--{flag} {source}: no {cls.__name__} there; give a hub id (needs the network once) or a folder with "
                      f"config.json or {flag}/config.json")
+
+
+def load_whole(cls, source, **options):
+    """A transformers model whose weights are in its file: for missing ones transformers would go on with random ones."""
+    model, found = cls.from_pretrained(source, output_loading_info=True, **options)
+    if 10 * len(found["missing_keys"]) > len(model.state_dict()):  # a library's version may rename one or two
+        raise ValueError(f"not a {cls.__name__}: {len(found['missing_keys'])} of {len(model.state_dict())} are missing")
+    return model
+
+
+def check_tokenizer(tokenizer, words):
+    """Refuses a tokenizer of another model; from a folder without one transformers makes an empty one."""
+    if not words // 2 < len(tokenizer) <= words:
+        raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, the model {words}")
+    tokenizer("a dog")
 
 
 def first_line(error):
@@ -219,7 +246,8 @@ def encode(pipe, prompts, empty=None):
     """Prompts -> Text, by the pipeline's own encoder or encoders. empty: the Text of [""], to encode it only once."""
     with visiting(pipe.unet.device, *text_encoders(pipe)):
         conditional, unconditional, *pooled = pipe.encode_prompt(
-            prompt=list(prompts), device=pipe.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=not empty)
+            prompt=[p[:MAX_CHARS] for p in prompts], device=pipe.unet.device,
+            num_images_per_prompt=1, do_classifier_free_guidance=not empty)
     pooled = pooled or (None, None)
     if empty:
         return Text((conditional, pooled[0]), empty.expand(len(prompts)).unconditional)

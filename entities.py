@@ -364,3 +364,17 @@ def statistics(prompts, nlp=None):
             "depictable_heads_kept": count["kept_depictable"] / max(count["depictable"], 1),
             "repeated": count["repeated"] / len(prompts), "positions": count["positions"],
             "prompts_per_second": len(prompts) / seconds}
+
+
+def show_entities(prompt, nlp):
+    """Prints a prompt's entities, a line each: noun, attributes, CLIP tokens by index. Returns them."""
+    tokenizer, entities = load_tokenizer(), find_entities(prompt, nlp)
+    ids = tokenizer(prompt, truncation=True, max_length=MAX_TOKENS).input_ids
+    for entity in entities:
+        tokens = "  ".join(f"{i} {tokenizer.decode(ids[i]).strip()}" for i in entity.tokens)
+        print(f"{entity.noun:16}{', '.join(entity.attributes) or '-':32}{tokens}")
+    for lemma in repeated_nouns(prompt, nlp):
+        print(f"{lemma:16}left out: it occurs more than once")
+    if not entities:
+        print("no entity")
+    return entities

@@ -6,7 +6,7 @@ import math
 import textwrap
 
 import numpy as np
-from matplotlib import colormaps, font_manager
+from matplotlib import colormaps, font_manager, rcParams
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
@@ -16,6 +16,7 @@ PALETTE = ((230, 60, 60), (60, 120, 240), (40, 180, 80), (240, 180, 30), (170, 8
 INK, FAINT = "#22303c", "#7b8794"
 WIDTH, GAP = 900, 8  # of a grid, pixels
 DPI = 200  # charts are 9 inches wide: twice the README's pixels
+rcParams["text.parse_math"] = False  # "a $5 bill and a $10 bill" is no formula
 FONT = font_manager.findfont("DejaVu Sans")  # matplotlib's own; knows more letters than PIL's
 
 

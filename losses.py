@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import diffusion
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Concept matching (section 3.2)
 
@@ -35,8 +37,13 @@ def load_captioner(source, device, dtype):
     from transformers import AutoTokenizer, BlipForConditionalGeneration
     if source.startswith((".", "/")) and not (Path(source) / "config.json").is_file():
         raise ValueError(f"--captioner {source}: no captioner there (no config.json)")
-    captioner = BlipForConditionalGeneration.from_pretrained(source, dtype=dtype).to(device)
-    return captioner.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(source)
+    try:
+        captioner = diffusion.load_whole(BlipForConditionalGeneration, source, dtype=dtype).to(device)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        diffusion.check_tokenizer(tokenizer, captioner.config.text_config.vocab_size)
+    except Exception as error:  # of a damaged folder transformers and safetensors raise nearly anything
+        raise ValueError(f"--captioner {source}: cannot be loaded ({diffusion.first_line(error)})") from error
+    return captioner.requires_grad_(False).eval(), tokenizer
 
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

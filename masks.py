@@ -58,8 +58,8 @@ from PIL import Image  # noqa: E402
 from torch import nn  # noqa: E402
 from torchvision.ops import box_convert  # noqa: E402
 
+import prompts as prompt_lists  # noqa: E402
 from entities import (  # noqa: E402, F401 (who imports masks finds both halves here)
-    MAX_TOKENS,
     PARSER,
     Entity,
     find_all,
@@ -67,6 +67,7 @@ from entities import (  # noqa: E402, F401 (who imports masks finds both halves 
     load_parser,
     load_tokenizer,
     repeated_nouns,
+    show_entities,
     statistics,
 )
 
@@ -333,33 +334,25 @@ def load_segmenter(config, device="cpu"):
     import shapes
     if not (Path(config.segmenter) / "config.json").is_file():
         raise ValueError(f"--segmenter {config.segmenter}: no segmenter there (no config.json)")
-    return shapes.Segmenter.load(config.segmenter).to(device)
+    try:
+        return shapes.Segmenter.load(config.segmenter).to(device)
+    except Exception as error:  # of a damaged folder json, torch and safetensors raise nearly anything
+        raise ValueError(f"--segmenter {config.segmenter}: not a segmenter of shapes.py, or not whole "
+                         f"({type(error).__name__}: {str(error).splitlines()[0]})") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
-def show_entities(prompt, nlp):
-    """Prints a prompt's entities, a line each: noun, attributes, CLIP tokens by index. Returns them."""
-    tokenizer, entities = load_tokenizer(), find_entities(prompt, nlp)
-    ids = tokenizer(prompt).input_ids
-    for entity in entities:
-        tokens = "  ".join(f"{i} {tokenizer.decode(ids[i]).strip()}" for i in entity.tokens)
-        print(f"{entity.noun:16}{', '.join(entity.attributes) or '-':32}{tokens}")
-    for lemma in repeated_nouns(prompt, nlp):
-        print(f"{lemma:16}left out: it occurs more than once")
-    if not entities:
-        print("no entity")
-    return entities
-
-
 def read_image(path):
     """An RGB image, turned upright. Raises ValueError naming the file."""
     from PIL import ImageOps
     try:
+        if path.is_fifo():  # whose opening may wait for ever
+            raise OSError
         return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except OSError as error:
-        raise ValueError(f"--image {path}: {error.strerror or 'not an image that can be read'}") from error
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"--image {path}: {getattr(error, 'strerror', None) or 'not an image that can be read'}") from error
 
 
 def show_masks(image, nouns, to, config):
@@ -383,9 +376,9 @@ def main(prompt, prompts, image, to, **fields):
         raise ValueError("--image: its masks are those of a prompt's nouns; give the prompt instead of --prompts")
     if image and not to.parent.is_dir():
         raise ValueError(f"--to {to}: no such folder")
+    prompt_lists.check_text(prompt, "prompt")
     picture, nlp = read_image(image) if image else None, load_parser(fields["parser"])
     if prompts:
-        import prompts as prompt_lists
         for name, value in statistics(prompt_lists.read(prompts), nlp).items():
             print(f"{name:24}{value:.3f}".removesuffix(".000"))
         return

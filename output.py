@@ -90,7 +90,7 @@ def step_of(row):
 def draw_samples(run, log):
     """The grid at fixed prompts and seeds: samples/step-NNNNNN.png and TensorBoard."""
     c = run.config
-    asked = prompt_lists.read(c.eval_prompts or c.prompts)[:c.sample_prompts]
+    asked = (prompt_lists.read(c.eval_prompts) if c.eval_prompts else run.prompts)[:c.sample_prompts]
     def draw(adapter):
         return sample.generate(run.pipe, run.plan, asked, c.guidance_scale, c.resolution, (adapter,), batch=8)[0]
     if run.base_samples is None:

@@ -44,6 +44,7 @@ if __name__ == "__main__":
 
 import re  # noqa: E402
 from contextlib import ExitStack, contextmanager  # noqa: E402
+from dataclasses import replace  # noqa: E402
 from types import SimpleNamespace  # noqa: E402
 
 import numpy  # noqa: E402
@@ -59,6 +60,7 @@ import config as configuration  # noqa: E402
 import diffusion  # noqa: E402
 import masks  # noqa: E402
 import prompts as prompt_lists  # noqa: E402
+from entities import MAX_TOKENS  # noqa: E402
 from figures import activation_chart, attention_chart, grid, to_pil  # noqa: E402
 
 SEED = 1_000_000_007  # of the fixed noise of grids and scores, apart from every training seed's
@@ -86,7 +88,7 @@ def open_run(out, checkpoint="latest", num_steps=0, lora="", base_only=False):
     else:
         config = configuration.PRESETS[str(out)][1]
     source = None if base_only else lora or find_checkpoint(out, checkpoint)
-    config.num_steps = num_steps or config.num_steps
+    config = replace(config, num_steps=num_steps or config.num_steps)
     pipe, plan = diffusion.open_pipeline(config)
     if source:
         load_lora(pipe, source, f"--lora {lora}" if lora else f"{source}: no finished checkpoint")
@@ -261,7 +263,7 @@ def paired_interval(base, tuned):
 
 def offsets_of(prompt, tokenizer):
     """(start, end) characters of every CLIP token of a prompt, start and end token included as (0, 0)."""
-    limit = min(tokenizer.model_max_length, masks.MAX_TOKENS)
+    limit = min(tokenizer.model_max_length, MAX_TOKENS)
     return tokenizer(prompt, truncation=True, max_length=limit, return_offsets_mapping=True)["offset_mapping"]
 
 
@@ -327,6 +329,8 @@ def check(a):
     """The prompts asked for. Raises ValueError, one line naming the flag, for values that cannot be."""
     asked = [*a.prompt, *(prompt_lists.read(a.prompts)[:max(a.n, 0)] if a.prompts else [])]
     asked = [p.strip() for p in asked if p.strip()]
+    for prompt in asked:
+        prompt_lists.check_text(prompt, "--prompt")
     if a.n < 1:
         raise ValueError(f"--n {a.n}: must be at least 1")
     if not asked:

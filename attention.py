@@ -4,7 +4,7 @@ Nothing is swapped and nothing slows down: two forward hooks keep a layer's quer
 always, and the probabilities softmax(QK^T / sqrt(d)) are made from them afterwards, by whoever asks. Outside the context no
 hook exists. Layers are found by the name of their block, so any resolution and any UNet works.
 """
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -28,7 +28,9 @@ def cross_attention_layers(unet, blocks):
 
 @contextmanager
 def capture(unet, blocks):
-    """Within the context, every forward pass of `unet` refills the yielded dict {layer name: (query, key, heads, scale)}."""
+    """Within the context, every forward pass of `unet` refills the yielded dict {layer name: (query, key, heads, scale)}.
+
+    Such a pass is not compiled: graphs of torch.compile do not notice that hooks came or went."""
     captured, handles = {}, []
     for name, layer in cross_attention_layers(unet, blocks).items():
         record = captured.setdefault(name, [None, None, layer.heads, layer.scale])
@@ -37,7 +39,8 @@ def capture(unet, blocks):
                 record[slot] = output
             handles.append(projection.register_forward_hook(keep))
     try:
-        yield captured
+        with torch.compiler.set_stance("force_eager") if handles else nullcontext():
+            yield captured
     finally:
         for handle in handles:
             handle.remove()

@@ -135,7 +135,7 @@ class Config:
     merge: bool = False
     """Sample with the LoRA merged into the weights, which spares its products; rounds the samples, not the gradient."""
     compile: bool = False
-    """torch.compile the UNet's blocks. Experimental: gradients were seen to differ by up to 4 % of a tensor's norm."""
+    """torch.compile the UNet's blocks. The steps with attention losses stay as they are."""
 
     # Bookkeeping -----------------------------------------------------------------------------------------------------
     sample_every: int = 200

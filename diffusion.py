@@ -378,10 +378,10 @@ def replay(pipe, plan, text, states, gradient, guidance_scale, attention_steps=(
             z = states[i].detach().requires_grad_(through_inputs)
             with attention.capture(pipe.unet, attention_blocks if i in attention_steps else ()) as captured:
                 output = guided(pipe, plan, i, z, text, guidance_scale)
-            loss = (plan.b[i] * gradient * output).sum()
-            if captured:
-                loss = loss + attention_loss(attention.attention_maps(captured, batch, aspect))
-            loss.backward()
+                loss = (plan.b[i] * gradient * output).sum()
+                if captured:
+                    loss = loss + attention_loss(attention.attention_maps(captured, batch, aspect))
+                loss.backward()  # within, because with --checkpointing it runs the blocks again, as they ran before
             through = z.grad if through_inputs else 0
         gradient = plan.a[i] * gradient + through  # dL/dz_i from dL/dz_{i+1}
 

@@ -16,11 +16,25 @@ import prompts
 import train
 
 
+class Halves(torch.nn.Module):
+    """A segmenter that finds the first noun on the left and every other one on the right, whatever the image: of the true one
+    a pixel at the threshold may change sides with the sampler's rounding, and the losses with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    def masks(self, images, nouns):
+        left = (torch.arange(images.shape[-1], device=images.device) < images.shape[-1] // 2).float().expand(images.shape[-2:])
+        return [torch.stack([left if i == 0 else 1 - left for i in range(len(row))]) for row in nouns]
+
+
 def gradients_of_a_step(folder, prepare=lambda run: None, **changes):
     """(the gradients that both optimisers would get in one step, what it logged), with adapters that do something."""
     run = train.setup(small_config(folder, **{**ALL_LOSSES, "adversarial_cap": 0.5, **changes}))
     randomise(run.parameters, 5)
     randomise(run.discriminator_parameters, 6)
+    run.segmenter = Halves()
     prepare(run)
     found = []
     for optimizer in (run.optimizer, run.discriminator_optimizer):
@@ -89,12 +103,12 @@ def test_a_step_with_merged_sampling_has_the_same_gradient(tmp_path, plain):
     same(gradients_of_a_step(tmp_path, merge=True), plain)
 
 
-@pytest.mark.xfail(reason="gradients of compiled blocks differ by 0.2 to 4 % of a tensor's norm: to be found out")
-def test_compiled_blocks_give_the_same_and_are_compiled_once(tmp_path, plain):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_give_the_same_and_are_compiled_once(tmp_path, plain, checkpointing):
     from torch._dynamo.utils import counters
     torch._dynamo.reset()
     kept = []
-    same(gradients_of_a_step(tmp_path, kept.append, compile=True), plain, tolerance=1e-2)  # fused kernels round otherwise
+    same(gradients_of_a_step(tmp_path, kept.append, compile=True, checkpointing=checkpointing), plain)
     run, graphs = kept[0], [counters["stats"]["unique_graphs"]]
     for run.step in (1, 2, 3):
         train.train_step(run)
@@ -138,18 +152,6 @@ def test_no_adapter_where_the_empty_prompt_is_zero(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bytes
-
-class Halves(torch.nn.Module):
-    """A segmenter that finds the first noun on the left and every other one on the right."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
-
-    def masks(self, images, nouns):
-        left = (torch.arange(images.shape[-1], device=images.device) < images.shape[-1] // 2).float().expand(images.shape[-2:])
-        return [torch.stack([left if i == 0 else 1 - left for i in range(len(row))]) for row in nouns]
-
 
 def one_graph_step(run):
     """The plain way, for comparison: the loop, the judges and the attention losses in one graph, one backward pass."""

@@ -1,8 +1,8 @@
 """The paper's ablation in miniature: which of CoMat's terms does what, on the embedded shapes world.
 
-    python ablation.py                            four recipes, three seeds each; about two hours on two cores
-    python ablation.py --steps 20                 shorter runs, an hour
-    python ablation.py --jobs 4                   four runs at a time, which share the cores
+    python ablation.py                                    four recipes, three seeds each; about two hours on two cores
+    python ablation.py --steps 20 --out out/ablation20    shorter runs, an hour
+    python ablation.py --jobs 4                           four runs at a time, which share the cores
 
 Each run is `train.py shapes` with some weights set to 0, in OUT/<recipe>-<seed>. What is finished is not run again, what was
 cut off goes on from its checkpoint. Writes OUT/ablation.json and OUT/ablation.png and prints the table.
@@ -10,7 +10,8 @@ cut off goes on from its checkpoint. Writes OUT/ablation.json and OUT/ablation.p
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 RECIPES = {  # CM: concept matching, AC: attribute concentration, FP: fidelity preservation; the paper's names
@@ -39,8 +40,16 @@ if __name__ == "__main__":
     parsed = tyro.cli(arguments, description=__doc__)
 
 import json  # noqa: E402
+import math  # noqa: E402
 
 import torch  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+import config as configuration  # noqa: E402
+import diffusion  # noqa: E402
+import evaluate  # noqa: E402
+import figures  # noqa: E402
+import sample  # noqa: E402
 
 SHOWN = {"fully_right": "fully right", "objects_present": "objects present", "attributes_bound": "attributes bound",
          "extra_objects": "extra objects", "caption_log_likelihood": "log p(caption), nats",
@@ -48,16 +57,22 @@ SHOWN = {"fully_right": "fully right", "objects_present": "objects present", "at
 
 
 def finish(folder, flags, threads):
-    """Trains and scores one run unless it is done. Raises ValueError if it fails; its output is in run.txt."""
-    if (folder / "results.json").is_file():
+    """Trains and scores one run unless that is done. Raises ValueError if it fails or is stopped, with its output in a .txt
+    file, or if what is done had other --steps or --eval-count."""
+    results, said = folder / "results.json", folder.with_suffix(".txt")
+    if results.is_file():
+        done, asked = configuration.load(folder / "config.json"), configuration.parse(["shapes", *flags])
+        for name in ("steps", "eval_count"):
+            if getattr(done, name) != getattr(asked, name):
+                raise ValueError(f"{folder}: is finished with --{name.replace('_', '-')} {getattr(done, name)}, not "
+                                 f"{getattr(asked, name)}; choose another --out")
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(Path(__file__).with_name("train.py")), "shapes", "--out", str(folder), *flags, "--resume"]
-    said = folder.with_suffix(".txt")
     with open(said, "a") as file:
-        done = subprocess.run(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-    if done.returncode:
-        raise ValueError(f"{folder}: training failed, see {said}; mend it and start again, finished runs are kept")
+        subprocess.run(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    if not results.is_file():  # a run that was stopped exits with 0 too
+        raise ValueError(f"{folder}: did not finish, see {said}; start again to go on, finished runs are kept")
 
 
 def read(folder):
@@ -73,21 +88,9 @@ def column(rows, key):
     return torch.tensor([float("nan") if row.get(key) is None else row[key] for row in rows])
 
 
-def interval(differences, resamples=10_000):
-    """95 % bootstrap interval of the mean of differences (seeds, prompts): seeds and prompts are both drawn anew, so that it
-    says what other seeds and other prompts of this kind would give."""
-    generator = torch.Generator().manual_seed(0)
-    seeds, prompts = differences.shape
-    means = []
-    for _ in range(resamples // 100):
-        s = torch.randint(seeds, (100, seeds, 1), generator=generator)
-        p = torch.randint(prompts, (100, 1, prompts), generator=generator)
-        means.append(differences[s, p].flatten(1).nanmean(1))
-    return torch.cat(means).nanquantile(torch.tensor([0.025, 0.975])).tolist()
-
-
 def compare(out, seeds):
-    """{recipe: {score: {"mean", "difference", "interval"}, "minutes"}}, the base among them; means over seeds."""
+    """{recipe: {score: {"mean", "difference", "interval"}, "minutes"}}, the base among them; means over seeds. The intervals
+    say what other seeds and other prompts of this kind would give."""
     table = {"base": {}}
     for recipe in RECIPES:
         folders = [out / f"{recipe}-{seed}" for seed in seeds]
@@ -100,7 +103,7 @@ def compare(out, seeds):
                 spread = [(after - before).min().item(), (after - before).max().item()]
             else:
                 before, after = (torch.stack([column(run[i], key) for run in runs]) for i in (0, 1))
-                spread = interval(after - before)
+                spread = sample.bootstrap(before, after)
             table["base"][key] = {"mean": before.nanmean().item()}
             table[recipe][key] = {"mean": after.nanmean().item(), "interval": spread,
                                   "difference": after.nanmean().item() - before.nanmean().item()}
@@ -124,22 +127,22 @@ def markdown(table):
 
 def figure(table, path):
     """Each score's difference to the base, a panel a score, a point a recipe with its interval."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    panels, axes = plt.subplots(1, len(SHOWN), figsize=(2.2 * len(SHOWN), 2.4), sharey=True, layout="constrained")
-    for axis, (key, name) in zip(axes, SHOWN.items()):
-        axis.axvline(0, color="0.7", linewidth=1)
+    chart = Figure(figsize=(9, 4.4), dpi=figures.DPI, layout="constrained")
+    panels = chart.subplots(2, math.ceil(len(SHOWN) / 2), sharey=True).flatten()
+    for axes in panels[len(SHOWN):]:
+        axes.set_axis_off()
+    for axes, (key, name) in zip(panels, SHOWN.items()):
+        figures.plain(axes, "x")
+        axes.axvline(0, color=figures.FAINT, linewidth=1)
         for y, recipe in enumerate(reversed(RECIPES)):
             cell = table[recipe][key]
-            axis.plot(cell["interval"], [y, y], color="tab:blue", linewidth=2)
-            axis.plot(cell["difference"], y, "o", color="tab:blue")
-        axis.set_yticks(range(len(RECIPES)), list(reversed(RECIPES)))
-        axis.set_title(f"{name}\nbase {table['base'][key]['mean']:.3g}", fontsize=9)
-        axis.margins(y=0.2)
-    panels.supxlabel("difference to the base", fontsize=9)
-    panels.savefig(path, dpi=110)
-    plt.close(panels)
+            axes.plot(cell["interval"], [y, y], color=figures.COLOURS["tuned"], linewidth=2)
+            axes.plot(cell["difference"], y, "o", color=figures.COLOURS["tuned"])
+        axes.set_yticks(range(len(RECIPES)), list(reversed(RECIPES)))
+        axes.set_title(f"{name}\nbase {table['base'][key]['mean']:.3g}", fontsize=9.5, color=figures.INK)
+        axes.margins(y=0.2)
+    chart.supxlabel("difference to the base", fontsize=9, color=figures.INK)
+    chart.savefig(path)
 
 
 def main(out, seeds, steps, eval_count, jobs):
@@ -147,17 +150,26 @@ def main(out, seeds, steps, eval_count, jobs):
         raise ValueError("--seeds: at least one; --jobs: at least 1")
     common = ["--sample-every", "0", "--keep", "1", "--references", str(out / "references"),
               *(["--steps", str(steps)] if steps else []), *(["--eval-count", str(eval_count)] if eval_count else [])]
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    with ThreadPoolExecutor(jobs) as pool:
-        def start(name, *flags):
-            return pool.submit(finish, out / name, [*common, *flags], threads)
-        runs = {f"{recipe}-{seed}": start(f"{recipe}-{seed}", "--seed", str(seed), *flags)
-                for seed in seeds for recipe, flags in RECIPES.items()}
-        for name, run in runs.items():
-            run.result()
-            print(f"{name} done", flush=True)
+    threads, pool, ended = max(1, (os.cpu_count() or 1) // jobs), ThreadPoolExecutor(jobs), threading.Event()
+
+    def run(name, flags):
+        if ended.is_set():
+            return
+        try:
+            finish(out / name, [*common, *flags], threads)
+        except BaseException:
+            ended.set()  # here, or this thread would start the next run before the main one hears of it
+            raise
+        print(f"{name} done", flush=True)
+
+    try:
+        for done in as_completed([pool.submit(run, f"{recipe}-{seed}", ["--seed", str(seed), *flags])
+                                  for seed in seeds for recipe, flags in RECIPES.items()]):
+            done.result()
+    finally:
+        ended.set()  # by Ctrl-C: the runs get it too, save and end
     table = compare(out, seeds)
-    (out / "ablation.json").write_text(json.dumps({"seeds": seeds, **table}, indent=2) + "\n")
+    configuration.write(out / "ablation.json", evaluate.as_json({"seeds": seeds, **table}, indent=2) + "\n")
     figure(table, out / "ablation.png")
     print(markdown(table))
 
@@ -166,4 +178,6 @@ if __name__ == "__main__":
     try:
         main(**parsed)
     except (ValueError, OSError) as error:
-        sys.exit(f"ablation.py: {str(error).splitlines()[0]}")
+        sys.exit(f"ablation.py: {diffusion.first_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit("ablation.py: stopped; start it again to go on")

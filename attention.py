@@ -26,11 +26,14 @@ def cross_attention_layers(unet, blocks):
     return {name: m for name, m in layers.items() if name.startswith(tuple(f"{block}." for block in blocks))}
 
 
+def uncompiled():
+    """Within the context nothing is compiled: graphs of torch.compile do not notice that hooks came or went."""
+    return torch.compiler.set_stance("force_eager")
+
+
 @contextmanager
 def capture(unet, blocks):
-    """Within the context, every forward pass of `unet` refills the yielded dict {layer name: (query, key, heads, scale)}.
-
-    Such a pass is not compiled: graphs of torch.compile do not notice that hooks came or went."""
+    """Within the context, every forward pass of `unet` refills the yielded dict {layer name: (query, key, heads, scale)}."""
     captured, handles = {}, []
     for name, layer in cross_attention_layers(unet, blocks).items():
         record = captured.setdefault(name, [None, None, layer.heads, layer.scale])
@@ -39,7 +42,7 @@ def capture(unet, blocks):
                 record[slot] = output
             handles.append(projection.register_forward_hook(keep))
     try:
-        with torch.compiler.set_stance("force_eager") if handles else nullcontext():
+        with uncompiled() if handles else nullcontext():
             yield captured
     finally:
         for handle in handles:

@@ -7,8 +7,8 @@
     python bench.py sdxl --random-weights --device cpu --dtype bfloat16 --num-steps 2 --grad-steps 1 --batch 1    on 24 GB
 
 The captioner, GroundingDINO and SAM are part of the step. The reference latents are made in it, as in a first epoch; later
-they come from disk. With random weights it ends with an error unless every number is finite and every tensor of both adapters
-got a gradient.
+they come from the disk. With random weights it ends with an error unless every number is finite and every tensor of both
+adapters got a gradient.
 """
 import json
 import sys
@@ -32,7 +32,7 @@ class Bench(configuration.Config):
     predict: bool = False
     """Run nothing: follow the step on tensors without data and print what it would need (predict.py)."""
     repeat: int = 1
-    """Steps that are measured; the fastest is shown. On a GPU one more runs before them."""
+    """Steps that are measured; the fastest is shown. On a GPU one more runs before them, with --compile two."""
     json: str = ""
     """Write the figures to this file, too."""
     preset: tyro.conf.Suppress[str] = ""
@@ -237,20 +237,23 @@ def watch_gradients(run):
 
 def measure(run, repeat):
     """Runs training steps; returns (phases of the fastest, numbers it logged, gradient counts)."""
-    device = run.pipe.unet.device
-    warm_up, counts, best = device.type == "cuda", watch_gradients(run), None
+    device, folder = run.pipe.unet.device, run.config.references
+    warm_up = 2 if run.config.compile else int(device.type == "cuda")  # nothing is compiled while Products is watching
+    counts, best, tflop = watch_gradients(run), None, {}
     slow = product_dtype(device, run.pipe.unet.dtype) != run.pipe.unet.dtype
     for i in range(warm_up + repeat):
         products = Products(in_float32=slow)
         meter = Meter(device, products)
-        run.phase = meter.phase
-        with products:
+        run.phase, run.config = meter.phase, replace(run.config, references=folder / str(i))
+        with products if slow or i == 0 else contextlib.nullcontext():  # it takes microseconds an operator
             numbers = train.train_step(run)
         run.step += 1
+        tflop = tflop or {name: p["tflop"] for name, p in meter.phases.items()}
         total = sum(p["seconds"] for p in meter.phases.values())
         if i >= warm_up and (best is None or total < best[0]):
             best = total, meter.phases, numbers
-    return *best[1:], counts
+    phases, numbers = best[1:]
+    return {name: {**p, "tflop": tflop[name]} for name, p in phases.items()}, numbers, counts
 
 
 def product_dtype(device, dtype):
@@ -361,8 +364,8 @@ def main(c):
     if c.json:
         Path(c.json).write_text(json.dumps({"config": vars(c), "phases": phases, "numbers": numbers, "gradients": counts,
                                             "peak_tflops": peak}, indent=2, default=str) + "\n")
-    wrong = [k for k, v in numbers.items() if not math.isfinite(v)]
-    reached, tensors = counts["LoRA"]
+    wrong = [k for k, v in numbers.items() if k == "trouble" or not math.isfinite(v)]
+    reached, tensors = counts.get("LoRA", (0, len(run.parameters)))  # none, if the step was skipped
     if c.random_weights and (wrong or reached < tensors):
         raise ValueError(f"not finite: {', '.join(wrong) or 'none'}; LoRA tensors without gradient: {tensors - reached}")
 
@@ -372,3 +375,5 @@ if __name__ == "__main__":
         main(parsed)
     except (ValueError, OSError) as error:
         sys.exit(f"bench.py: {diffusion.first_line(error)}")
+    except torch.OutOfMemoryError:
+        sys.exit("bench.py: out of the GPU's memory: try --checkpointing, --offload, a smaller --batch; see --predict")

@@ -60,14 +60,15 @@ def setup(c, pipe=None, captioner=None, segmenter=None):
     if not c.prompts.is_file() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         prompt_lists.fetch(c.prompts.parent)  # the default list, once a machine
     parallel.barrier(processes)
+    if c.eval_prompts:
+        prompt_lists.read(c.eval_prompts)  # what is wrong with it is told now, not after the training
     torch.manual_seed(c.seed)
     pipe, plan = (pipe, diffusion.plan_of(pipe, c)) if pipe else diffusion.open_pipeline(c)
     device = pipe.unet.device
     fused = device.type == "cuda"  # one kernel, and no temporary copies of the parameters
-    torch.backends.cuda.matmul.allow_tf32 = True  # the LoRA's products: float32 on tensor cores
     parameters = diffusion.add_adapter(pipe.unet, diffusion.ADAPTER, c.rank)
     run = Run(c, pipe, plan, prompt_lists.read(c.prompts), parameters,
-              torch.optim.AdamW(parameters, lr=c.lr, betas=(c.beta1, 0.999), fused=fused),
+              torch.optim.AdamW(parameters, lr=c.lr, betas=(c.beta1, 0.999), weight_decay=c.weight_decay, fused=fused),
               empty=diffusion.encode(pipe, [""]), process=process, processes=processes)
     if c.caption_weight:
         run.captioner, run.tokenizer = captioner or losses.load_captioner(c.captioner, device, getattr(torch, c.dtype))
@@ -78,7 +79,7 @@ def setup(c, pipe=None, captioner=None, segmenter=None):
         run.head = discriminator.Head(pipe.unet.config.out_channels).to(device)
         run.discriminator_parameters = [*discriminator.add_adapter(pipe, c.rank), *run.head.parameters()]
         run.discriminator_optimizer = torch.optim.AdamW(run.discriminator_parameters, lr=c.lr_discriminator,
-                                                        betas=(0.0, 0.999), fused=fused)
+                                                        betas=(0.0, 0.999), weight_decay=c.weight_decay, fused=fused)
     save_memory(run)
     pipe.unet.set_adapter(diffusion.ADAPTER)
     parallel.share(run)

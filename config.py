@@ -54,7 +54,7 @@ class Config:
     """Go on from the newest checkpoint in --out."""
     seed: int = 0
     """Seed of everything: adapters, prompt order, noise."""
-    device: str = "auto"
+    device: Literal["auto", "cuda", "cpu"] = "auto"
     """cuda, cpu or auto."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the frozen models; adapters, optimisers and losses are always float32."""
@@ -117,7 +117,9 @@ class Config:
     warmup: int = 0
     """Steps of linear warm-up."""
     lr_end: float = 1.0
-    """Last learning rate as a share of the first, reached linearly; 1 is constant."""
+    """The learning rate falls linearly towards this share of itself; 1 is constant."""
+    weight_decay: float = 0.01
+    """AdamW's, of both optimisers (the official code's too)."""
     clip_norm: float = 0.1
     """Largest gradient norm of the LoRA."""
     lr_discriminator: float = 5e-5
@@ -125,7 +127,7 @@ class Config:
     clip_norm_discriminator: float = 1.0
     """Largest gradient norm of the discriminator."""
 
-    # Time and memory; none of them changes the gradient ---------------------------------------------------------------
+    # Time and memory; none of them changes the method -----------------------------------------------------------------
     judge_batch: int = 1
     """Images that are decoded and judged at a time: each has its own gradient, so the graph need not hold them all."""
     checkpointing: bool = False
@@ -196,10 +198,17 @@ def parts(config):
 def check(config):
     """Raises ValueError, one line naming the flag and the mend, for values that cannot work together."""
     c = config
-    for name in ("num_steps", "grad_steps", "steps", "batch", "rank", "caption_copies", "attention_steps",
-                 "judge_batch", "accumulate", "max_skips"):
-        if getattr(c, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
+    for least, names in ((1, ("num_steps", "grad_steps", "steps", "batch", "rank", "caption_copies", "attention_steps",
+                              "judge_batch", "accumulate", "max_skips", "checkpoint_every", "keep", "sample_prompts",
+                              "eval_count")),
+                         (0, ("warmup", "sample_every", "terms_every", "caption_shift", "label_smoothing", "adversarial_cap"))):
+        for name in names:
+            if getattr(c, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least {least}")
+    if c.label_smoothing > 1:
+        raise ValueError(f"--label-smoothing {c.label_smoothing}: must be at most 1")
+    if (c.token_weight or c.pixel_weight) and not c.attention_blocks:
+        raise ValueError("--attention-blocks: name at least one, or set --token-weight and --pixel-weight to 0")
     unit = 64 if c.resolution > 64 else 16  # the shapes world is smaller than a real model's smallest image
     if c.resolution < 16 or c.resolution % unit:
         raise ValueError(f"--resolution {c.resolution}: must be a multiple of {unit}")

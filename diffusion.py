@@ -10,7 +10,7 @@ and the gradient of a loss on z_T falls into small exact pieces, one per trained
     dL/dtheta = sum_i  < b_i (prod_{j>i} a_j) dL/dz_T,  d eps_i / d theta >
 """
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,6 +134,7 @@ def choose_device(config):
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: this torch sees no GPU; use --device cpu, or install torch for your driver")
+    torch.backends.cuda.matmul.allow_tf32 = config.dtype != "float32"  # the LoRA's float32 products on tensor cores
     if device == "cuda" and torch.distributed.is_initialized():
         device = f"cuda:{torch.cuda.current_device()}"
     return torch.device(device)
@@ -298,7 +299,7 @@ def schedule(scheduler, num_steps):
     if config.get("variance_type", "fixed_small") != "fixed_small":
         raise ValueError(f"variance_type {config.variance_type!r} is not supported; use fixed_small")
     if num_steps > config.num_train_timesteps:
-        raise ValueError(f"--num-steps {num_steps}: the model was trained with {config.num_train_timesteps}")
+        raise ValueError(f"{num_steps} denoising steps: the model was trained with {config.num_train_timesteps}")
     scheduler.set_timesteps(num_steps)
     velocity = config.prediction_type == "v_prediction"
     timesteps = scheduler.timesteps.tolist()
@@ -376,12 +377,14 @@ def replay(pipe, plan, text, states, gradient, guidance_scale, attention_steps=(
         through = 0
         if i in states:
             z = states[i].detach().requires_grad_(through_inputs)
-            with attention.capture(pipe.unet, attention_blocks if i in attention_steps else ()) as captured:
-                output = guided(pipe, plan, i, z, text, guidance_scale)
+            blocks = attention_blocks if i in attention_steps else ()
+            with attention.uncompiled() if blocks else nullcontext():  # also what --checkpointing runs again, backwards
+                with attention.capture(pipe.unet, blocks) as captured:
+                    output = guided(pipe, plan, i, z, text, guidance_scale)
                 loss = (plan.b[i] * gradient * output).sum()
                 if captured:
                     loss = loss + attention_loss(attention.attention_maps(captured, batch, aspect))
-                loss.backward()  # within, because with --checkpointing it runs the blocks again, as they ran before
+                loss.backward()
             through = z.grad if through_inputs else 0
         gradient = plan.a[i] * gradient + through  # dL/dz_i from dL/dz_{i+1}
 

@@ -6,8 +6,8 @@
 
 spaCy parses the prompt; every depictable noun is an entity, with or without attributes (the official code uses only
 nouns with attributes). Words are matched to CLIP tokens by their place in the text, never by their spelling, so that
-case, punctuation and repeated words cannot misalign them. A prompt is parsed once, in a few milliseconds; `find_all` takes
-less than two.
+case, punctuation and repeated words cannot misalign them. Parsing a prompt takes a few milliseconds, less than two if many are
+parsed at once (`find_all`); no prompt is parsed twice.
 
 - Compound modifiers are attributes of the head noun ("a glass vase": vase, glass).
 - A noun that occurs twice ("a red car and a blue car") cannot be grounded by its name: `find_entities` leaves out all

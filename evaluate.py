@@ -51,8 +51,8 @@ class Options:
     from this one. None: T2I-CompBench's 42 with vqa, else 1000000007, that of the grids."""
     batch: int = 0
     """Images at a time; 0: the run's --batch. An image's score depends on it in the last digits only."""
-    device: str = ""
-    """cuda or cpu; empty: the run's."""
+    device: Literal["", "auto", "cuda", "cpu"] = ""
+    """auto, cuda or cpu; empty: the run's."""
     vqa: str = "Salesforce/blip-vqa-base"
     """The model of BLIP-VQA: a hub id or a folder."""
 
@@ -114,7 +114,7 @@ class Scoring:
 # The protocol
 
 def plan_scoring(options, config, pipe, plan):
-    """Options and a run -> Scoring without judges. Raises ValueError, naming the file or flag and the mend."""
+    """Options and a run -> Scoring without judges. Raises ValueError, naming the file or flag and the fix."""
     if min(options.images, options.count, options.batch) < 0:
         raise ValueError("--images, --count, --batch: cannot be negative")
     lists = read_lists(options, config)
@@ -134,12 +134,12 @@ def plan_scoring(options, config, pipe, plan):
 
 
 def read_lists(options, config):
-    """{name: prompts} of the lists that Options or the run's Config name. Raises ValueError naming the file and the mend."""
+    """{name: prompts} of the lists that Options or the run's Config name. Raises ValueError naming the file and the fix."""
     paths = options.prompts or ((Path(config.eval_prompts),) if config.eval_prompts else LISTS)
     for path in paths:
         if not path.is_file():
-            mend = "fetch it: python prompts.py" if path in LISTS else "a list of prompts, one a line, is expected"
-            raise ValueError(f"{path}: no such file; {mend}")
+            fix = "fetch it: python prompts.py" if path in LISTS else "a list of prompts, one a line, is expected"
+            raise ValueError(f"{path}: no such file; {fix}")
     lists = {path.stem.removesuffix("_val"): prompt_lists.read(path)[:options.count or config.eval_count] for path in paths}
     if len(lists) < len(paths):
         raise ValueError(f"--prompts: two lists of the same name in {', '.join(map(str, paths))}")
@@ -151,8 +151,9 @@ def protocol(run, options):
     c, first = run.config, run.items[0].seed
     said = {
         "lists": run.lists, "images_per_prompt": run.images,
-        "seeds": f"{first} + prompt" if run.images == 1 else f"{first} to {first + run.images - 1}",
-        "model": c.model, "checkpoint": (options.out / "checkpoints" / options.checkpoint).resolve().name,
+        "seeds": f"{first} plus the prompt's place in the list" if run.images == 1 else f"{first} to {first + run.images - 1}",
+        "model": c.model, "unet": configuration.parts(c)[0] or c.model,
+        "checkpoint": (options.out / "checkpoints" / options.checkpoint).resolve().name,
         "sampler": c.scheduler, "steps": len(run.plan.timesteps), "guidance_scale": c.guidance_scale,
         "resolution": c.resolution, "dtype": c.dtype,
         "intervals": f"95 %, {RESAMPLES} bootstrap resamples of prompts, paired by prompt and seed"}
@@ -242,13 +243,10 @@ def score_all(run, process=0, processes=1):
     for k in tqdm(range(process, len(batches), processes), desc="scoring", disable=process > 0):
         rows, features, images = score_batch(run, batches[k])
         done.append((k, rows, features, {name: x[:max(0, KEPT - k * run.batch)] for name, x in images.items()}))
-    if processes > 1:
-        parts = [None] * processes if process == 0 else None
-        dist.gather_object(done, parts)
-        if process > 0:
-            return None
-        done = sorted((part for some in parts for part in some), key=lambda part: part[0])
-    _, rows, features, images = zip(*done)
+    done = parallel.gather(done, processes)
+    if process > 0:
+        return None
+    _, rows, features, images = zip(*sorted(done, key=lambda part: part[0]))
     return ({name: [row for part in rows for row in part[name]] for name in rows[0]},
             *({name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in (features, images)))
 
@@ -256,18 +254,15 @@ def score_all(run, process=0, processes=1):
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers
 
-def compare(base, tuned, resamples=RESAMPLES, seed=0):
+def compare(base, tuned):
     """Paired comparison of two tables of scores (lists of dicts, one a prompt): means, difference, 95 % bootstrap interval. A
     score that only some prompts have is compared over these."""
     results = {"n": len(base), "base": {}, "tuned": {}, "difference": {}, "interval": {}}
     for key in dict.fromkeys(key for row in base for key in row):
         before, after = (torch.tensor([row[key] for row in rows if key in row]) for rows in (base, tuned))
-        index = torch.randint(len(before), (resamples, len(before)), generator=torch.Generator().manual_seed(seed))
-        differences = after[index].nanmean(1) - before[index].nanmean(1)
-        low, high = differences.nanquantile(torch.tensor([0.025, 0.975])).tolist()
         results["base"][key], results["tuned"][key] = before.nanmean().item(), after.nanmean().item()
         results["difference"][key] = results["tuned"][key] - results["base"][key]
-        results["interval"][key] = [low, high]
+        results["interval"][key] = sample.bootstrap(before, after, RESAMPLES)
     return results
 
 
@@ -325,6 +320,11 @@ def summarise(run, rows, features, said):
     return {**results, "protocol": said}
 
 
+def as_json(value, indent=None):
+    """JSON text with null for what is not finite: JSON has no NaN."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None), indent=indent)
+
+
 def table(results):
     """The results as the lines that are printed: a row a score, then the protocol."""
     lines = [f"{'prompts, n = ' + str(results['n']):<28} {'base':>6}    {'tuned':>6}  difference  95 % interval"]
@@ -355,24 +355,22 @@ def score_run(config, pipe, plan, options=None, captioner=None, parser=None, pro
     if scored is None:
         return None
     rows, features, images = scored
-    lines = [{**vars(item), "model": name, **{key: None if math.isnan(v) else v for key, v in rows[name][i].items()}}
-             for i, item in enumerate(run.items) for name in ("base", "tuned")]
-    configuration.write(options.out / "scores.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    lines = [as_json({**vars(item), "model": name, **rows[name][i]}) + "\n" for i, item in enumerate(run.items)
+             for name in ("base", "tuned")]
+    configuration.write(options.out / "scores.jsonl", "".join(lines))
     prompts = [item.prompt for item in run.items[:KEPT]]
     return summarise(run, rows, features, protocol(run, options)), prompts, images["base"], images["tuned"]
 
 
 def main(options):
     process, processes = parallel.join(options.device, "gloo", minutes=8 * 60)  # only numbers are exchanged, once
-    config, pipe, plan = sample.open_run(options.out, options.checkpoint)
-    if options.device:
-        pipe.to(options.device)
+    config, pipe, plan = sample.open_run(options.out, options.checkpoint, device=options.device)
     if pipe.device.type == "cpu":
         torch.set_num_threads(1)  # the last digits depend on it; torchrun does so too. More cores: more processes
     scored = score_run(config, pipe, plan, options, process=process, processes=processes)
     if scored:
         print(table(scored[0]))
-        configuration.write(options.out / "results.json", json.dumps(scored[0], indent=2) + "\n")
+        configuration.write(options.out / "results.json", as_json(scored[0], indent=2) + "\n")
     if processes > 1:
         dist.destroy_process_group()
 
@@ -380,5 +378,7 @@ def main(options):
 if __name__ == "__main__":
     try:
         main(parsed)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, parallel.Lost) as error:
         sys.exit(f"evaluate.py: {diffusion.first_line(error)}")
+    except torch.OutOfMemoryError:
+        sys.exit("evaluate.py: out of the GPU's memory: give a smaller --batch, or use another GPU, or --device cpu")

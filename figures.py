@@ -141,15 +141,15 @@ def mean_panels(figure, means, interval):
         plain(panels[1])
 
 
-def plain(axes):
-    """Little ink: no box, faint grid lines."""
+def plain(axes, values="y"):
+    """Little ink: no box, faint grid lines; `values`: the axis that has a scale."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(FAINT)
-    axes.grid(axis="y", color="#e3e8ed", linewidth=0.8)
+    axes.grid(axis=values, color="#e3e8ed", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(axis="both", length=0, labelsize=9, labelcolor=INK)
-    axes.tick_params(axis="y", labelcolor=FAINT)
-    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.tick_params(axis=values, labelcolor=FAINT)
+    getattr(axes, f"{values}axis").set_major_locator(MaxNLocator(4))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

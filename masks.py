@@ -6,7 +6,8 @@
     python masks.py --prompts data/train.txt                                           how much of a list becomes entities
 
 The two together are Grounded-SAM (arXiv 2401.14159), the segmenter of the paper's attention losses (section 3.3). The models
-are the published ones, by the packages groundingdino-py and segment-anything; two mends are told where they are made.
+are the published ones, by the packages groundingdino-py and segment-anything; two bugs of the packages are fixed here,
+each explained where it is fixed.
 entities.py finds the nouns.
 """
 import sys
@@ -236,7 +237,7 @@ def build_dino(tokenizer, bert=None, **changes):
 
 def load_grounded_sam(config, device):
     """GroundedSAM with the published weights, from --dino, --dino-tokenizer, --sam and --sam-type, or downloaded once. Raises
-    ValueError, one line naming the flag and the mend, for a file or a download that cannot be used."""
+    ValueError, one line naming the flag and the fix, for a file or a download that cannot be used."""
     for flag, path in (("--dino", config.dino), ("--sam", config.sam)):
         if path and not Path(path).is_file():
             raise ValueError(f"{flag} {path}: no such file; leave the flag out to download it once")
@@ -351,7 +352,7 @@ def read_image(path):
         if path.is_fifo():  # whose opening may wait for ever
             raise OSError
         return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
+    except Exception as error:  # of a damaged image Pillow raises nearly anything
         raise ValueError(f"--image {path}: {getattr(error, 'strerror', None) or 'not an image that can be read'}") from error
 
 

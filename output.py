@@ -21,7 +21,8 @@ import prompts as prompt_lists
 import sample
 
 MAY_DIFFER = {"out", "resume", "steps", "sample_every", "sample_prompts", "terms_every", "checkpoint_every", "keep", "device",
-              "eval_prompts", "eval_count", "references", "batch", "accumulate", "max_skips", "timeout", "offload"}
+              "eval_prompts", "eval_count", "references", "batch", "accumulate", "max_skips", "timeout", "offload",
+              "checkpointing"}
 
 
 def open_output(c):
@@ -63,7 +64,8 @@ class Log:
     def write(self, step, numbers):
         """numbers: {name: a number or a list}. What is not finite is written as text: JSON has no NaN."""
         if self.file:
-            row = {k: v if isinstance(v, list) else round(v, 6) if math.isfinite(v) else str(v) for k, v in numbers.items()}
+            row = {k: v if isinstance(v, list) else float(f"{v:.6g}") if math.isfinite(v) else str(v)
+                   for k, v in numbers.items()}
             try:
                 self.file.write(json.dumps({"step": step, **row}) + "\n")
                 self.file.flush()
@@ -110,7 +112,7 @@ def report(run):
                                     processes=run.processes)
     if scored:
         results, asked, base, tuned = scored
-        configuration.write(c.out / "results.json", json.dumps(results, indent=2) + "\n")
+        configuration.write(c.out / "results.json", evaluate.as_json(results, indent=2) + "\n")
         (c.out / "samples").mkdir(exist_ok=True)
         sample.grid(asked, {"base": base, "tuned": tuned}).save(c.out / "samples/before_after.png")
         print(evaluate.table(results))

@@ -22,8 +22,7 @@ def together():
         yield
     except RuntimeError as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Lost(f"another process has gone or does not answer ({reason[-200:]}); the newest checkpoint is whole, go on with "
-                   "--resume") from error
+        raise Lost(f"another process has gone or does not answer ({reason[-200:]})") from error
 
 
 def join(device, backend=None, minutes=30.0):
@@ -33,9 +32,16 @@ def join(device, backend=None, minutes=30.0):
     if processes > 1 and not dist.is_initialized():
         gpu = torch.cuda.is_available() and device != "cpu"
         if gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        with together():
+            if (own := int(os.environ["LOCAL_RANK"])) >= (have := torch.cuda.device_count()):
+                raise ValueError(f"--nproc_per_node: torch sees {have} GPUs here; start at most as many processes, or add "
+                                 "--device cpu")
+            torch.cuda.set_device(own)
+            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # or nobody notices that a process is lost
+        try:
             dist.init_process_group(backend or ("nccl" if gpu else "gloo"), timeout=timedelta(minutes=minutes))
+        except RuntimeError as error:
+            raise ValueError(f"the processes cannot join: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+                             ) from error
     return process, processes
 
 
@@ -60,11 +66,11 @@ def share(run):
 
 
 def average(tensor, processes):
-    """The mean of a tensor over all processes."""
+    """The mean of a tensor over all processes, in its place."""
     if processes > 1:
         with together():
             dist.all_reduce(tensor)
-        tensor = tensor / processes
+        tensor.div_(processes)
     return tensor
 
 

@@ -1,10 +1,11 @@
-"""What a training step needs, without running it: arithmetic and peak memory of each phase, on any computer, in a minute.
+"""What a training step needs, without running it: arithmetic and peak memory of each phase, on any computer, in minutes.
 
     python bench.py sdxl --predict --batch 2 --checkpointing     one configuration, phase by phase; any field is a flag
     python predict.py                                            the README's table, in Markdown
 
-The step is train.py's own, on models of the true sizes whose tensors have no data (torch's meta device); Memory follows every
-storage from its making to its end. What a GPU adds it does not see; the margin of `summary`, not checked on one, stands for it.
+The step is train.py's own, in one process, on models of the true sizes whose tensors have no data (torch's meta device); Memory
+follows every storage from its making to its end. What a GPU adds it does not see; the margin of `summary`, not checked on one,
+stands for it.
 """
 import contextlib
 import sys
@@ -194,17 +195,19 @@ def main(c):
     return phases
 
 
-def table():
-    """Prints the README's table, row by row as they are found."""
-    print("| preset | options | batch | TFLOP | peak GiB | in phase | 24 GB | 40 GB | 80 GB |\n|" + "---|" * 9)
+def table(batches=(1, 2, 4, 6)):
+    """Prints the README's table, row by row as they are found: the peak for each batch, and the largest batch for each card."""
+    head = "preset", "options", "TFLOP, 1 prompt", *(f"GiB, batch {n}" for n in batches), *(f"{card} GB" for card in CARDS)
+    print(f"| {' | '.join(head)} |\n|" + "---|" * len(head))
     for preset in bench.UNETS:
         for options in ("", "checkpointing", "offload", "checkpointing offload"):
             c = bench.Bench(**vars(configuration.PRESETS[preset][1]), preset=preset)
-            for batch, phases in steps(replace(c, **dict.fromkeys(options.split(), True)), (1, 2, 4, 6)).items():
-                tflop, peak, phase, _, fits = summary(phases)
-                row = preset, options, f"{batch} | {tflop:.0f} | {peak:.1f}", phase, *fits.values()
-                print(f"| {' | '.join(row)} |", flush=True)
+            found = [summary(p) for p in steps(replace(c, **dict.fromkeys(options.split(), True)), batches).values()]
+            largest = [max((n for n, (*_, fits) in zip(batches, found) if fits[card] == "yes"), default="none")
+                       for card in CARDS]
+            row = preset, options, f"{found[0][0]:.0f}", *(f"{peak:.1f}" for _, peak, *_ in found), *map(str, largest)
+            print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":
-    table() if not sys.argv[1:] else sys.exit(__doc__)
+    print(__doc__) if {"-h", "--help"} & set(sys.argv) else sys.exit(__doc__) if sys.argv[1:] else table()

@@ -1,4 +1,4 @@
-"""Trains the shapes world's models from scratch and writes weights/shapes/ (about 80 minutes on 2 cores, resumable):
+"""Trains the shapes world's models from scratch and writes them to OUT (about 80 minutes on 2 cores, resumable):
 
     python pretrain.py                       # all five stages, in order
     python pretrain.py --only unet           # one of them, from the other stages' saved results
@@ -6,13 +6,14 @@
 What comes out are the true classes in their own formats: a StableDiffusionXLPipeline, a BlipForConditionalGeneration with
 its processor, a segmenter, and prompt lists. The base is trained on images that do not always show what their caption says
 (an object faded or missing, the colour of its neighbour mixed in), so that it draws the textbook failures of the big models.
-Every stage ends with the oracle's figures on prompts that were never trained on; they go to weights/shapes/scores.json.
+Every stage ends with the oracle's figures on prompts that were never trained on; they go to OUT/scores.json.
 """
 import functools
 import json
 import math
 import os
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,8 +26,8 @@ class Config:
     only: tuple[Literal["prompts", "vae", "segmenter", "captioner", "unet"], ...] = (
         "prompts", "vae", "segmenter", "captioner", "unet")
     """Stages to run, in this order."""
-    out: Path = Path("weights/shapes")
-    """Where the finished models go."""
+    out: Path = Path("out/weights")
+    """Where the finished models go; those of this repository are in weights/shapes."""
     work: Path = Path("out/pretrain")
     """Where unfinished stages keep their state; delete it to start afresh."""
     steps_scale: float = 1.0
@@ -47,9 +48,9 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, U
 from tokenizers.pre_tokenizers import ByteLevel  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import losses  # noqa: E402
 import shapes  # noqa: E402
 
-PREFIX = "a photography of"  # the captioner's, as in train.py
 WORDS = ["a", "an", "and", "the", "of", "photography", "photo", "with", "next", "to", *shapes.COLOURS, *shapes.SHAPES]
 
 
@@ -103,6 +104,13 @@ def crowded_scenes(rng, count):
     return objects, states, torch.stack(images)
 
 
+def trained_vae(config):
+    folder = config.out / "pipeline/vae"
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no VAE there; train it first, with --only vae")
+    return AutoencoderKL.from_pretrained(folder)
+
+
 def held_out_scenes(seed, count):
     """Clean scenes of held-out two-object prompts, as (objects, images)."""
     rng = random.Random(f"held-out {seed}")
@@ -120,19 +128,20 @@ def fit(config, name, modules, loss_of, steps, lr, ema_decay=None):
     for m in modules:
         m.train().requires_grad_(True)
     parameters = [p for m in modules for p in m.parameters()]
-    average = [p.detach().clone() for p in parameters]
+    weights = [p.detach() for p in parameters]  # the same memory
+    average = [w.clone() for w in weights]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / 200, 0.5 + 0.5 * math.cos(math.pi * min(1, i / steps)) + 1e-3))
-    path, start = config.work / f"{name}.pt", 0
+    path, start, recipe = config.work / f"{name}.pt", 0, {"seed": config.seed, "steps_scale": config.steps_scale}
     if path.exists():
         state = torch.load(path, weights_only=True)
+        if state.get("recipe") != recipe:
+            raise ValueError(f"{path}: made with another --seed or --steps-scale; delete it, or choose another --work")
         start = state["step"]
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
-        with torch.no_grad():
-            for p, a, saved, saved_average in zip(parameters, average, state["parameters"], state["average"]):
-                p.copy_(saved), a.copy_(saved_average)
+        torch._foreach_copy_(weights + average, state["parameters"] + state["average"])
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
     for step in bar:
         rng = random.Random(f"{name} {config.seed} {step}")
@@ -141,18 +150,15 @@ def fit(config, name, modules, loss_of, steps, lr, ema_decay=None):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step(), schedule.step()
-        torch._foreach_lerp_(average, [p.detach() for p in parameters],
-                             1 - min(ema_decay or 0, (step + 1) / (step + 10)))
+        torch._foreach_lerp_(average, weights, 1 - min(ema_decay or 0, (step + 1) / (step + 10)))
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
         if (step + 1) % 500 == 0 or step + 1 == steps:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"step": step + 1, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-                        "parameters": [p.detach() for p in parameters], "average": average}, f"{path}.tmp")
+            torch.save({"recipe": recipe, "step": step + 1, "optimizer": optimizer.state_dict(), "parameters": weights,
+                        "schedule": schedule.state_dict(), "average": average}, f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
-    with torch.no_grad():
-        for p, a in zip(parameters, average):
-            p.copy_(a)
+    torch._foreach_copy_(weights, average)
     for m in modules:
         m.eval().requires_grad_(False)
 
@@ -215,7 +221,7 @@ def reconstruct(vae, images):
 
 
 def train_segmenter(config):
-    vae = AutoencoderKL.from_pretrained(config.out / "pipeline/vae")
+    vae = trained_vae(config)
     segmenter = shapes.Segmenter()
 
     def batch(rng, generator, count):
@@ -258,19 +264,9 @@ def build_captioner():
 def train_captioner(config):
     """Also trained on noise, blur, reconstructions and half-corrupted scenes: a captioner that saw clean renders alone gives
     speckle as the gradient of its likelihood, one that saw these gives patches in the missing object's colour."""
-    vae = AutoencoderKL.from_pretrained(config.out / "pipeline/vae")
+    vae = trained_vae(config)
     captioner, processor = build_captioner()
-    mean, std = (torch.tensor(v)[:, None, None] for v in (processor.image_processor.image_mean,
-                                                          processor.image_processor.image_std))
-
-    def likelihood(images, captions, smoothing=0.0):
-        text = processor.tokenizer(captions, padding=True, return_tensors="pt")
-        ids = text.input_ids.clone()
-        ids[:, 0] = captioner.config.text_config.bos_token_id
-        logits = captioner(pixel_values=(images - mean) / std, input_ids=ids, attention_mask=text.attention_mask).logits
-        labels = ids.masked_fill(text.attention_mask == 0, -100)
-        labels[:, :1 + len(PREFIX.split())] = -100
-        return F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none", label_smoothing=smoothing)
+    loss = functools.partial(losses.caption_loss, captioner, processor.tokenizer)
 
     def loss_of(rng, generator, crowded=0):
         objects, states, images = scenes(rng, 48 - crowded, share=0.6)
@@ -283,8 +279,7 @@ def train_captioner(config):
         images = torch.where(torch.rand(48, 1, 1, 1, generator=generator) < 0.3, blurred, images)
         sigma = 0.45 * torch.rand(48, 1, 1, 1, generator=generator).square()
         images = images + sigma * torch.randn(images.shape, generator=generator)
-        captions = [f"{PREFIX} {shapes.prompt_of(o)}" if o else PREFIX for o in seen]
-        return likelihood(images, captions, smoothing=0.05).sum() / 48 / 8
+        return loss(images, [shapes.prompt_of(o) for o in seen], label_smoothing=0.05).sum() / 48 / 8
 
     fit(config, "captioner", [captioner], loss_of, steps=12000, lr=1.5e-3)
     # A captioner that never saw an object twice is blind to it, and the model that it teaches soon draws everything twice.
@@ -293,8 +288,8 @@ def train_captioner(config):
     processor.save_pretrained(config.out / "captioner")
     rng, (objects, images) = random.Random(0), held_out_scenes(2, 300)
     for name, pictures in (("captioner", images), ("captioner_on_reconstructions", reconstruct(vae, images))):
-        right = likelihood(pictures, [f"{PREFIX} {shapes.prompt_of(o)}" for o in objects]).sum(1)
-        wrong = likelihood(pictures, [f"{PREFIX} {shapes.prompt_of(one_edit(rng, o))}" for o in objects]).sum(1)
+        right = loss(pictures, [shapes.prompt_of(o) for o in objects])
+        wrong = loss(pictures, [shapes.prompt_of(one_edit(rng, o)) for o in objects])
         report(config, name, ranks_true_caption_first=(right < wrong).float().mean().item(), loss=right.mean().item())
 
 
@@ -359,7 +354,7 @@ def latent_pool(config, vae, count, share):
 
 
 def train_unet(config):
-    vae = AutoencoderKL.from_pretrained(config.out / "pipeline/vae")
+    vae = trained_vae(config)
     pipe = build_pipeline(vae)
     pipe.set_progress_bar_config(disable=True)
     time_ids = torch.tensor([shapes.SIZE, shapes.SIZE, 0, 0, shapes.SIZE, shapes.SIZE], dtype=torch.float)
@@ -394,7 +389,10 @@ STAGES = {"prompts": train_prompts, "vae": train_vae, "segmenter": train_segment
 
 if __name__ == "__main__":
     torch.set_num_threads(config.threads)
-    config.out.mkdir(parents=True, exist_ok=True)
-    for stage in config.only:
-        torch.manual_seed(config.seed)
-        STAGES[stage](config)
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+        for stage in config.only:
+            torch.manual_seed(config.seed)
+            STAGES[stage](config)
+    except (ValueError, OSError) as error:
+        sys.exit(f"pretrain.py: {str(error).splitlines()[0]}")

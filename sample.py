@@ -3,16 +3,17 @@
     python sample.py out/shapes --prompt "a red circle and a blue square" --prompt "a white ring and a black cross"
     python sample.py out/shapes --prompts weights/shapes/prompts/heldout.txt --n 100 --activation    attention per token
     python sample.py out/shapes --prompt "a red circle and a blue square" --attention                heat maps of the words
-    python sample.py sdxl --lora me/my-lora --prompt "a red car and a blue bird"     any LoRA on a preset's base
+    python sample.py sdxl --lora me/my-lora --prompt "a red car and a blue bird"     a LoRA on a preset's base
     python sample.py sdxl --base-only --prompt "a red car and a blue bird"           the base alone
 
-Writes to OUT/images (for a preset: out/NAME-images): grid.png, each image with its prompt and seed as PNG text, the figures.
+The preset sdxl's base has 512 px and the UNet of hotshotco/SDXL-512. Writes to OUT/images (for a preset: out/NAME-images):
+grid.png, each image with its prompt, seed and models as PNG text, the figures.
 """
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    from typing import Annotated
+    from typing import Annotated, Literal
 
     import tyro
 
@@ -20,7 +21,7 @@ if __name__ == "__main__":
             out: tyro.conf.Positional[Path], prompt: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], None] = (),
             prompts: Path | None = None, n: int = 8, seed: int = 0, steps: int = 0, guidance_scale: float = 0.0,
             checkpoint: str = "latest", lora: str = "", base_only: bool = False, activation: bool = False,
-            attention: bool = False, to: Path | None = None):
+            attention: bool = False, to: Path | None = None, batch: int = 8, device: Literal["", "auto", "cuda", "cpu"] = ""):
         """Images of prompts, base beside tuned from the same noise, and what their words attend to.
 
         Args:
@@ -32,11 +33,14 @@ if __name__ == "__main__":
             steps: Denoising steps; 0 takes the run's.
             guidance_scale: Of classifier-free guidance; 0 takes the run's.
             checkpoint: Folder name below OUT/checkpoints.
-            lora: Tuned is this LoRA in diffusers' format, not the checkpoint: a folder, a .safetensors file or a hub id.
+            lora: Use this LoRA (diffusers' format) as the tuned model in place of the checkpoint: a folder, a .safetensors file
+                or a hub id.
             base_only: Only the base; needs no checkpoint.
             activation: Also activation.png: attention per token and its mean over the entities of all prompts, with interval.
             attention: Also NNN-attention.png: heat maps of the words, with the segmenter's outlines of the entities.
-            to: Folder for the images.
+            to: Folder for the images; default OUT/images, for a preset out/NAME-images.
+            batch: Images at a time.
+            device: auto, cuda or cpu; empty: the run's.
         """
         return dict(locals())
 
@@ -47,7 +51,6 @@ from contextlib import ExitStack, contextmanager  # noqa: E402
 from dataclasses import replace  # noqa: E402
 from types import SimpleNamespace  # noqa: E402
 
-import numpy  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from diffusers.utils import convert_unet_state_dict_to_peft  # noqa: E402
@@ -72,9 +75,10 @@ MOST_WORDS = 14  # of a longer prompt NNN-attention.png shows only the entities'
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
 
-def open_run(out, checkpoint="latest", num_steps=0, lora="", base_only=False):
+def open_run(out, checkpoint="latest", num_steps=0, lora="", base_only=False, device=""):
     """(config, pipeline, schedule) of an output folder, or of a preset's name if lora or base_only is given. The pipeline's
     adapter `comat` is the checkpoint, or lora (folder, file or hub id); with base_only there is none.
+    num_steps, device: 0 and "" take the run's.
 
     Raises ValueError, one line, if there is no such run, no finished checkpoint, or a LoRA that does not fit the base."""
     out = Path(out)
@@ -88,7 +92,7 @@ def open_run(out, checkpoint="latest", num_steps=0, lora="", base_only=False):
     else:
         config = configuration.PRESETS[str(out)][1]
     source = None if base_only else lora or find_checkpoint(out, checkpoint)
-    config = replace(config, num_steps=num_steps or config.num_steps)
+    config = replace(config, num_steps=num_steps or config.num_steps, device=device or config.device)
     pipe, plan = diffusion.open_pipeline(config)
     if source:
         load_lora(pipe, source, f"--lora {lora}" if lora else f"{source}: no finished checkpoint")
@@ -172,7 +176,7 @@ def over_batches(pipe, prompts, adapters, work, batch=8, progress=""):
     return [torch.cat(done[name]) for name in adapters]
 
 
-def latents(pipe, plan, prompts, guidance_scale, resolution, adapters=(diffusion.ADAPTER, None), seeds=None, batch=50,
+def latents(pipe, plan, prompts, guidance_scale, resolution, adapters=(diffusion.ADAPTER, None), seeds=None, batch=8,
             progress=""):
     """Finished latents (N, 4, h, w) of prompts for each adapter (None: the original model), all from the same noise: one
     seed per image, so that it depends on neither batch nor order."""
@@ -185,7 +189,7 @@ def latents(pipe, plan, prompts, guidance_scale, resolution, adapters=(diffusion
     return over_batches(pipe, prompts, adapters, draw, batch, progress)
 
 
-def generate(pipe, plan, prompts, guidance_scale, resolution, adapters=(diffusion.ADAPTER, None), seeds=None, batch=50,
+def generate(pipe, plan, prompts, guidance_scale, resolution, adapters=(diffusion.ADAPTER, None), seeds=None, batch=8,
              progress=""):
     """Images (N, 3, H, W) in [0, 1] of the same `latents`, one tensor for each adapter."""
     return [decode_all(pipe, z) for z in latents(pipe, plan, prompts, guidance_scale, resolution, adapters, seeds, batch,
@@ -193,8 +197,8 @@ def generate(pipe, plan, prompts, guidance_scale, resolution, adapters=(diffusio
 
 
 @torch.no_grad()
-def decode_all(pipe, z):
-    return torch.cat([diffusion.decode(pipe, part).float().cpu() for part in z.split(8)])
+def decode_all(pipe, z, batch=8):
+    return torch.cat([diffusion.decode(pipe, part).float().cpu() for part in z.split(batch)])
 
 
 def save_png(image, path, **metadata):
@@ -252,13 +256,14 @@ def entity_activation(activations, entities):
     return torch.stack([row[chosen].mean() for row, chosen in zip(activations.cpu(), tokens)])
 
 
-def paired_interval(base, tuned):
-    """95 % bootstrap interval (low, high) of the mean of tuned - base, paired; None for fewer than two pairs."""
-    from scipy.stats import bootstrap  # slow to import, and only --activation needs it
-    if len(base) < 2:
-        return None
-    low, high = bootstrap(((tuned - base).numpy(),), numpy.mean, method="percentile", rng=0).confidence_interval
-    return float(low), float(high)
+def bootstrap(base, tuned, resamples=10_000, seed=0):
+    """95 % interval [low, high] of the mean of tuned minus the mean of base, two tensors (prompts,) or (seeds, prompts), NaN
+    left out: percentiles over resamples. Prompts are drawn anew, seeds too if there are several, and the same for both."""
+    generator, (seeds, prompts) = torch.Generator().manual_seed(seed), torch.atleast_2d(base).shape
+    column = torch.randint(prompts, (resamples, 1, prompts), generator=generator)
+    row = torch.randint(seeds, (resamples, seeds, 1), generator=generator)
+    before, after = (torch.atleast_2d(values)[row, column].flatten(1).nanmean(1) for values in (base, tuned))
+    return (after - before).nanquantile(torch.tensor([0.025, 0.975])).tolist()
 
 
 def offsets_of(prompt, tokenizer):
@@ -279,13 +284,13 @@ def draw_activation(run, path):
     pipe = run.pipe
     values = over_batches(pipe, run.prompts, run.finished, lambda name, part, text: token_activations(
         pipe, run.plan, text, run.finished[name][part], attention.all_blocks(pipe.unet), run.seeds[part]).cpu(),
-        progress="activation")
+        run.batch, "activation")
     entities = masks.find_all(run.prompts, run.parser, pipe.tokenizer)
     some = [i for i, row in enumerate(entities) if row]
     if not some:
         raise ValueError("--activation: no prompt names a thing that can be seen")
     means = {label: entity_activation(v[some], [entities[i] for i in some]) for label, v in zip(run.labels, values)}
-    interval = paired_interval(means["base"], means["tuned"]) if "tuned" in means else None
+    interval = bootstrap(means["base"], means["tuned"]) if "tuned" in means and len(some) > 1 else None
     shown = range(min(PANELS, len(run.prompts)))
     offsets = [offsets_of(run.prompts[i], pipe.tokenizer) for i in shown]
     own = [[k for k, (a, b) in enumerate(row) if b > a] for row in offsets]  # without start and end
@@ -306,7 +311,7 @@ def draw_attention(run, folder):
     """NNN-attention.png: heat maps of every prompt's words in each model's own image."""
     c, pipe = run.config, run.pipe
     maps = over_batches(pipe, run.prompts, run.finished, lambda name, part, text: token_maps(
-        pipe, run.plan, text, run.finished[name][part], c.attention_blocks, run.seeds[part]).cpu(), progress="attention")
+        pipe, run.plan, text, run.finished[name][part], c.attention_blocks, run.seeds[part]).cpu(), run.batch, "attention")
     for i, (prompt, entities) in enumerate(zip(run.prompts, masks.find_all(run.prompts, run.parser, pipe.tokenizer))):
         words = words_of(prompt, offsets_of(prompt, pipe.tokenizer))
         owners = [next((e for e, entity in enumerate(entities) if set(tokens) & set(entity.tokens)), None)
@@ -331,8 +336,9 @@ def check(a):
     asked = [p.strip() for p in asked if p.strip()]
     for prompt in asked:
         prompt_lists.check_text(prompt, "--prompt")
-    if a.n < 1:
-        raise ValueError(f"--n {a.n}: must be at least 1")
+    for flag, value in (("--n", a.n), ("--batch", a.batch)):
+        if value < 1:
+            raise ValueError(f"{flag} {value}: must be at least 1")
     if not asked:
         raise ValueError("no prompts: give --prompt TEXT, once or several times, or --prompts FILE")
     if a.base_only and a.lora or a.checkpoint != "latest" and (a.base_only or a.lora):
@@ -347,18 +353,19 @@ def check(a):
 
 def main(a):
     asked = check(a)
-    config, pipe, plan = open_run(a.out, a.checkpoint, a.steps, a.lora, a.base_only)
+    config, pipe, plan = open_run(a.out, a.checkpoint, a.steps, a.lora, a.base_only, a.device)
     guidance_scale = a.guidance_scale or config.guidance_scale
     adapters = {"base": None} if a.base_only else {"base": None, "tuned": diffusion.ADAPTER}
-    run = SimpleNamespace(config=config, pipe=pipe, plan=plan, prompts=asked, labels=list(adapters),
+    run = SimpleNamespace(config=config, pipe=pipe, plan=plan, prompts=asked, labels=list(adapters), batch=a.batch,
                           seeds=[a.seed + i for i in range(len(asked))])
     if a.activation or a.attention:  # what may be missing, before any work
         attention.cross_attention_layers(pipe.unet, config.attention_blocks)
         run.parser = masks.load_parser(config.parser)
         run.segmenter = masks.load_segmenter(config, pipe.device) if a.attention else None
-    finished = latents(pipe, plan, asked, guidance_scale, config.resolution, adapters.values(), run.seeds, 8, "sampling")
+    finished = latents(pipe, plan, asked, guidance_scale, config.resolution, adapters.values(), run.seeds, a.batch,
+                       "sampling")
     run.finished = dict(zip(adapters.values(), finished))
-    run.images = [decode_all(pipe, z) for z in finished]
+    run.images = [decode_all(pipe, z, a.batch) for z in finished]
     folder = a.to or (Path(a.out) / "images" if (Path(a.out) / "config.json").is_file() else Path(f"out/{a.out}-images"))
     folder.mkdir(parents=True, exist_ok=True)
     tuned = a.lora or f"{a.out}/checkpoints/{a.checkpoint}"
@@ -366,7 +373,7 @@ def main(a):
         for i, image in enumerate(images):
             save_png(image, folder / f"{i:03d}-{label}.png", prompt=asked[i], seed=run.seeds[i], steps=config.num_steps,
                      guidance_scale=guidance_scale, scheduler=config.scheduler, model=config.model,
-                     lora=tuned if label == "tuned" else "none")
+                     unet=configuration.parts(config)[0] or config.model, lora=tuned if label == "tuned" else "none")
     grid(asked, dict(zip(run.labels, run.images))).save(folder / "grid.png")
     print(f"{len(asked)} prompt{'s' * (len(asked) > 1)}: {folder / 'grid.png'}")
     if a.activation:
@@ -380,3 +387,5 @@ if __name__ == "__main__":
         main(SimpleNamespace(**parsed))
     except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {diffusion.first_line(error)}")
+    except torch.OutOfMemoryError:
+        sys.exit("sample.py: out of the GPU's memory: give a smaller --batch, or use another GPU, or --device cpu")

@@ -44,7 +44,8 @@ def objects_of(prompt):
 
 
 def is_held_out(objects):
-    """Two in seven of all object sets belong to evaluation; no model was ever given one of them as its prompt."""
+    """Two in seven of all object sets belong to evaluation; neither the base nor a CoMat run was ever given one of them as its
+    prompt."""
     if len(objects) < 2:
         return False
     name = " ".join(sorted(" ".join(pair) for pair in objects))
@@ -95,6 +96,12 @@ def place(rng, objects):
                 things.append(Thing(shape, COLOURS[colour], x, y, r))
         if len(things) == len(objects):
             return things
+
+
+def random_scene(rng: random.Random, count=None):
+    """(objects, things) of a random training scene with 1 to 3 objects."""
+    objects = random_objects(rng, count or rng.choice((1, 2, 2, 2, 3)))
+    return objects, place(rng, objects)
 
 
 def distance(shape, x, y, r):
@@ -231,9 +238,3 @@ class Segmenter(nn.Module):
         model = cls(config["nouns"], config["width"])
         model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
         return model.eval().requires_grad_(False)
-
-
-def random_scene(rng: random.Random, count=None):
-    """(objects, things) of a random training scene with 1 to 3 objects."""
-    objects = random_objects(rng, count or rng.choice((1, 2, 2, 2, 3)))
-    return objects, place(rng, objects)

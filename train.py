@@ -41,7 +41,7 @@ def train_step(run):
     """One optimiser step on `accumulate` batches; returns the numbers to log. Neither optimiser steps if a gradient is not
     finite: then "trouble" names the prompts, of all processes, and why."""
     c, trouble = run.config, []
-    logs = [add_gradients(run, part, trouble) for part in range(c.accumulate)]
+    logs = parallel.gather([add_gradients(run, part, trouble) for part in range(c.accumulate)], run.processes)
     log = {key: sum(values) / len(values) for key in dict.fromkeys(key for row in logs for key in row)
            if (values := [row[key] for row in logs if key in row])}
     log["lr"] = run.optimizer.param_groups[0]["lr"] = learning_rate(c, run.step)
@@ -86,7 +86,7 @@ def add_gradients(run, part, trouble):
             replay(sum(gradients.values(), torch.zeros_like(z)), attention_loss)
             if c.terms_every and run.step % c.terms_every == 0:
                 log = {**log, **norms_of_terms(run, replay, gradients, attention_loss, torch.zeros_like(z),
-                                                trained if c.through_inputs else attended)}
+                                                trained if c.through_inputs else attended)}  # which adds to the old log, again
     if run.head:  # 4. the discriminator's own gradient
         log.update(discriminate(run, z, prompts))
     return log
@@ -137,8 +137,8 @@ def judge(run, z, prompts, generator):
 
 
 def norms_of_terms(run, replay, gradients, attention_loss, nothing, attended):
-    """Who pulls how hard: the norm of the gradient that each loss alone gives the LoRA, of this process's prompts. It costs a
-    replay per loss and leaves .grad as it was."""
+    """Who pulls how hard: the norm of the gradient that each loss alone gives the LoRA, of one batch. It costs a replay per
+    loss and leaves .grad as it was."""
     terms = {name: (gradient, None) for name, gradient in gradients.items()}
     if attention_loss:
         terms["attention"] = nothing, attention_loss, attended
@@ -168,7 +168,8 @@ def attention_loss_of(run, prompts, images, times, log):
     def attention_loss(maps):
         total, batch = 0.0, len(prompts)
         activation = sample.entity_activation(attention.token_activation(maps), entities).nanmean().item()
-        log["entity_activation_percent"] = log.get("entity_activation_percent", 0.0) + 100 * activation / times
+        if not math.isnan(activation):  # no prompt has an entity
+            log["entity_activation_percent"] = log.get("entity_activation_percent", 0.0) + 100 * activation / times
         for name, weight in (("token", c.token_weight), ("pixel", c.pixel_weight)):
             if weight:
                 formula = losses.token_loss if name == "token" else losses.pixel_loss
@@ -288,11 +289,11 @@ def train(run):
 def check_trouble(run, numbers):
     """Says which prompts made trouble; ends the run if too many steps in a row were skipped."""
     whose = "; ".join(f"{prompt[:80]!r}: {why}" for prompt, why, _ in numbers.get("trouble", []))
-    if run.skipped or whose:
+    if whose and not run.skipped or run.skipped and run.process == 0:  # a skipped step's prompts are those of all processes
         tqdm.write(f"step {run.step}{' skipped' * bool(run.skipped)}: {whose or 'the gradient is not finite'}", file=sys.stderr)
     if run.skipped > run.config.max_skips:
-        sys.exit(f"train.py: {run.skipped} steps in a row had a loss or gradient that is not finite ({whose}); the newest "
-                 f"checkpoint is from before: lower --lr, or try --dtype float32, and go on with --resume")
+        sys.exit(1 if run.process else f"train.py: {run.skipped} steps in a row had a loss or gradient that is not finite "
+                 f"({whose}); the newest checkpoint is from before; try a new run with a lower --lr or with --dtype float32")
 
 
 @contextlib.contextmanager
@@ -300,11 +301,13 @@ def told(*errors):
     """Ends the program with one line, in place of a traceback, for errors that are no fault of the code."""
     try:
         yield
-    except errors as error:
+    except (*errors, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         said = {torch.OutOfMemoryError: "out of the GPU's memory: try --checkpointing, --offload, or a smaller --batch with "
-                                        "--accumulate; bench.py --predict says what fits",
+                                        "--accumulate; python bench.py sdxl --predict says what fits",
                 KeyboardInterrupt: "stopped at once; the newest checkpoint is whole"}
         sys.exit(f"train.py: {said.get(type(error)) or diffusion.first_line(error)}")
+    except parallel.Lost as error:
+        sys.exit(f"train.py: {error}; the newest checkpoint is whole, go on with --resume")
 
 
 def begin(c):
@@ -313,6 +316,8 @@ def begin(c):
     run = setup(c)
     if checkpoint:
         output.load_checkpoint(run, checkpoint)
+    if run.step > c.steps:
+        raise ValueError(f"--steps {c.steps}: {c.out} is at step {run.step} already")
     parallel.check_alike(run)
     if run.process == 0:
         configuration.save(c, c.out / "config.json")
@@ -321,11 +326,11 @@ def begin(c):
 
 
 def main(c):
-    with told(ValueError, OSError, parallel.Lost):
+    with told(ValueError):
         run = begin(c)
-    with told(OSError, parallel.Lost, torch.OutOfMemoryError, KeyboardInterrupt):
+    with told():
         train(run)
-    with told(ValueError, OSError, parallel.Lost):
+    with told(ValueError):
         if c.eval_prompts and run.step == c.steps:
             output.report(run)
         parallel.leave(run)

@@ -1,5 +1,6 @@
 """BLIP-VQA, T2I-CompBench's judge of attribute binding (Huang et al. 2023, section 4.1): is each thing that a prompt names in
-the image? A model that answers questions is asked "a red car?" for every noun phrase; the score is the product of its yeses.
+the image? A model that answers questions is asked "a red car?" for every noun phrase; the score is the product of the
+probabilities of yes.
 
 Done as in their BLIPvqa_eval (Karine-Huang/T2I-CompBench, commit bfe6300), in float32. Three differences, all known:
 - They print probabilities with 4 decimals before they multiply; here nothing is rounded (at most 5e-5 a question).
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 import torchvision.transforms.functional as TF
 
+import diffusion
 import losses
 
 NOT_ASKED = ("top", "the side", "the left", "the right")  # noun phrases that name a place, in exactly this spelling
@@ -25,17 +27,17 @@ YES, NO = 2748, 2053
 
 def load(source, device):
     """(frozen model, its tokenizer) from a hub id or a folder of a BlipForQuestionAnswering. Raises ValueError, naming the
-    flag, if something else is there."""
+    flag, if that is not there, or something else, or a damaged one."""
     from transformers import AutoTokenizer, BlipForQuestionAnswering
     if source.startswith((".", "/")) and not (Path(source) / "config.json").is_file():
         raise ValueError(f"--vqa {source}: no model there (no config.json)")
     try:
-        model, report = BlipForQuestionAnswering.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    except OSError as error:
-        raise ValueError(f"--vqa {source}: {str(error).splitlines()[0]}") from error
-    if report["missing_keys"]:  # they would be random
-        raise ValueError(f"--vqa {source}: not a BlipForQuestionAnswering, it lacks {sorted(report['missing_keys'])[0]}")
-    return model.to(device).requires_grad_(False).eval(), AutoTokenizer.from_pretrained(source)
+        model = diffusion.load_whole(BlipForQuestionAnswering, source, dtype=torch.float32).to(device)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        diffusion.check_tokenizer(tokenizer, model.config.text_config.vocab_size)
+    except Exception as error:  # of a damaged folder transformers and safetensors raise nearly anything
+        raise ValueError(f"--vqa {source}: cannot be loaded ({diffusion.first_line(error)})") from error
+    return model.requires_grad_(False).eval(), tokenizer
 
 
 def questions(prompt, nlp):

@@ -9,10 +9,13 @@ import shutil
 import sys
 
 import pytest
+import torch
 from conftest import LOSS_FLAGS, ROOT, SMALL_RUN, command, small_config
 from PIL import Image
 
 import config
+import diffusion
+import pretrain
 import train
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,9 +103,17 @@ MISTAKES = {  # flags of train.py shapes: what the line must name
     "no attention steps": (["--attention-steps", "0"], "--attention-steps 0"),
     "no steps": (["--steps", "0"], "--steps 0"),
     "no batch": (["--batch", "0"], "--batch 0"),
+    "a checkpoint never": (["--checkpoint-every", "0"], "--checkpoint-every 0: must be at least 1"),
+    "none to keep": (["--keep", "-1"], "--keep -1"),
+    "an empty grid": (["--sample-prompts", "0"], "--sample-prompts 0"),
+    "nothing to score": (["--eval-count", "0"], "--eval-count 0"),
+    "negative warm-up": (["--warmup", "-1"], "--warmup -1: must be at least 0"),
+    "too smooth": (["--label-smoothing", "2"], "--label-smoothing 2.0: must be at most 1"),
+    "no blocks": (["--attention-blocks"], "--attention-blocks: name at least one"),
+    "no such device": (["--device", "gpu"], "--device"),
     "odd resolution": (["--resolution", "33"], "--resolution 33: must be a multiple of 16"),
     "not 64": (["--resolution", "500"], "--resolution 500: must be a multiple of 64"),
-    "more steps than the model has": (["--num-steps", "1001"], "--num-steps 1001: the model was trained with 1000"),
+    "more steps than the model has": (["--num-steps", "1001"], "1001 denoising steps: the model was trained with 1000"),
     "no GPU": (["--device", "cuda"], "--device cuda: this torch sees no GPU"),
     "nothing to learn": (["--caption-weight", "0", "--token-weight", "0", "--pixel-weight", "0", "--adversarial-weight", "0",
                           "--adversarial-cap", "0"], "all loss weights are 0: there is nothing to learn; set --caption-weight"),
@@ -155,6 +166,16 @@ def test_a_model_that_has_gone_is_named(monkeypatch, capsys, tmp_path, trained, 
     (tmp_path / "run/config.json").write_text(json.dumps({**values, "model": "gone/away"}))
     extra = ["--prompt", "a cat"] if script == "sample.py" else []
     assert "gone/away" in mistake(monkeypatch, capsys, script, tmp_path / "run", *extra)
+
+
+@pytest.mark.parametrize("script", ["sample.py", "evaluate.py"])
+def test_too_little_memory_on_the_gpu(monkeypatch, capsys, tmp_path, trained, script):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(diffusion, "sample", full)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    extra = ["--prompt", "a cat", "--to", tmp_path] if script == "sample.py" else ["--scores", "oracle"]
+    assert "out of the GPU's memory: give a smaller --batch" in mistake(monkeypatch, capsys, script, trained[0], *extra)
 
 
 def test_resume_with_another_recipe(monkeypatch, capsys, trained):
@@ -293,6 +314,15 @@ def test_pretrain_writes_the_same_lists(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     for name in ("train.txt", "heldout.txt"):
         assert (tmp_path / "w/prompts" / name).read_text() == (config.SHAPES / "prompts" / name).read_text()
+
+
+def test_pretrain_refuses_what_does_not_fit(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    flags = ["pretrain.py", "--out", tmp_path / "w", "--work", tmp_path, "--only"]
+    assert "pipeline/vae: no VAE there" in mistake(monkeypatch, capsys, *flags, "unet")
+    torch.save({"recipe": {"seed": 0, "steps_scale": 0.5}}, tmp_path / "vae.pt")
+    assert f"{tmp_path / 'vae.pt'}: made with another --seed" in mistake(monkeypatch, capsys, *flags, "vae")
+    assert (ROOT / pretrain.Config().out).resolve() != config.SHAPES  # the weights of this repository
 
 
 def test_an_interrupted_report_leaves_a_checkpoint(monkeypatch, tmp_path, trained):

@@ -45,7 +45,8 @@ def blip_vqa(tmp_path_factory):
         for p in model.parameters():  # what it says must depend on what it sees and is asked
             p.add_(torch.randn(p.shape) * (0.3 if p.dim() > 1 else 0.1))
     model.save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    others = [f"[unused{i}]" for i in range(30524 - len(WORDS))]
+    (folder / "vocab.txt").write_text("\n".join(WORDS + others) + "\n")
     BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
     return folder
 
@@ -57,7 +58,7 @@ def picture(seed, size=64):
 
 
 def by_hand(model, image, first_id, size, *questions):
-    """FACTS.md's five steps for questions that are given as lists of words."""
+    """The five steps of T2I-CompBench's BLIPvqa_eval for questions that are given as lists of words."""
     eight_bits = Image.fromarray((image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
     seen = transforms.Compose([
         transforms.Resize((size, size), interpolation=transforms.InterpolationMode.BICUBIC), transforms.ToTensor(),
@@ -152,6 +153,14 @@ def test_another_model_in_place_of_blip_vqa_is_refused(tmp_path):
         vqa.load(str(configuration.SHAPES / "captioner"), "cpu")
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_damaged_blip_vqa_is_one_line(blip_vqa, tmp_path, name):
+    shutil.copytree(blip_vqa, tmp_path / "vqa")
+    (tmp_path / "vqa" / name).write_bytes((blip_vqa / name).read_bytes()[:20])
+    with pytest.raises(ValueError, match=f"^--vqa {tmp_path}/vqa: cannot be loaded [^\n]*$"):
+        vqa.load(str(tmp_path / "vqa"), "cpu")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Frechet distance
 
@@ -188,7 +197,35 @@ def test_fidelity_tells_a_changed_model_from_the_floor():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Means over prompts
+# Numbers
+
+def rows(*values):
+    return [{"x": v} for v in values]
+
+
+def test_compare_by_hand():
+    results = evaluate.compare(rows(0.0, 0.0, 1.0, 0.0), rows(1.0, 0.0, 1.0, 1.0))
+    assert results["n"] == 4 and results["base"]["x"] == 0.25 and results["tuned"]["x"] == 0.75
+    assert results["difference"]["x"] == 0.5 and results["interval"]["x"] == [0.0, 1.0]
+
+
+def test_compare_leaves_out_what_is_not_a_number():
+    results = evaluate.compare(rows(math.nan, 0.0, 1.0, 1.0), rows(1.0, 0.5, math.nan, 1.0))
+    assert results["base"]["x"] == pytest.approx(2 / 3) and results["tuned"]["x"] == pytest.approx(2.5 / 3)
+    assert all(math.isfinite(v) for v in results["interval"]["x"])
+
+
+def test_what_no_image_has_is_nan_in_the_table_and_null_in_the_file():
+    results = evaluate.compare(rows(math.nan, math.nan), rows(math.nan, 1.0))
+    assert "nan ->  1.000" in evaluate.table(results)
+    assert json.loads(evaluate.as_json(results), parse_constant=pytest.fail) == {
+        "n": 2, "base": {"x": None}, "tuned": {"x": 1.0}, "difference": {"x": None}, "interval": {"x": [None, None]}}
+
+
+def test_table_shows_every_score():
+    table = evaluate.table(evaluate.compare(rows(0.0, 0.0), rows(1.0, 1.0)))
+    assert "n = 2" in table and "0.000 ->  1.000      +1.000  [+1.000, +1.000]" in table
+
 
 def test_images_of_a_prompt_are_averaged_before_prompts_are_resampled():
     nan = math.nan
@@ -308,6 +345,7 @@ def test_every_score_is_that_of_its_own_judge(model, tmp_path, blip_vqa):
         assert results[name]["frechet_distance"] > 0 and "fully_right" in own[0]
     assert results["difference"]["entity_activation_percent"] != 0 and results["n"] == 2
     said = results["protocol"]
+    assert said["unet"] == said["model"] == c.model
     assert said["seeds"] == "5 to 6" and said["images_per_prompt"] == 2 and said["lists"] == {"list": 2}
     assert (said["sampler"], said["steps"], said["guidance_scale"], said["resolution"]) == ("ddpm", 2, 2.0, 32)
     text = evaluate.table(results)
@@ -326,18 +364,19 @@ def test_a_lora_that_does_nothing_scores_as_the_base(model, tmp_path):
         results[part].pop("attributes_bound")  # NaN: an untrained model draws no object
     assert results["base"] == results["tuned"] and not any(results["difference"].values())
     assert results["base"]["frechet_distance"] > 0 and results["interval"]["frechet_distance"] == [0.0, 0.0]
-    assert results["protocol"]["seeds"] == "1000000007 + prompt"
+    assert results["protocol"]["seeds"] == "1000000007 plus the prompt's place in the list"
 
 
 def test_two_processes_give_the_same_results_as_one(trained, tmp_path, capsys):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        shutil.copy(trained[0] / "config.json", tmp_path / name)
+        run = replace(configuration.load(trained[0] / "config.json"), device="cuda")  # which the flag overrules
+        configuration.save(run, tmp_path / name / "config.json")
         shutil.copytree(trained[0] / "checkpoints", tmp_path / name / "checkpoints", symlinks=True)
     threads = torch.get_num_threads()
-    evaluate.main(evaluate.Options(tmp_path / "one", count=5, batch=2))
+    evaluate.main(evaluate.Options(tmp_path / "one", count=5, batch=2, device="cpu"))
     torch.set_num_threads(threads)
-    two = command("evaluate.py", tmp_path / "two", "--count", 5, "--batch", 2, modules=(
+    two = command("evaluate.py", tmp_path / "two", "--count", 5, "--batch", 2, "--device", "cpu", modules=(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"))
     assert two.returncode == 0, two.stderr[-2000:]
     for file in ("results.json", "scores.jsonl"):

@@ -276,8 +276,11 @@ def test_what_would_not_be_the_same_run_is_not_resumed(tmp_path):
 
 
 def test_resuming_where_nothing_is_starts(tmp_path, capsys):
-    train.main(small_config(tmp_path, **{**OPTIONS, "steps": 1}, resume=True))
-    assert output.newest(tmp_path / "run").name == "step-000001"
+    c = small_config(tmp_path, **{**OPTIONS, "steps": 2}, resume=True)
+    train.main(c)
+    assert output.newest(c.out).name == "step-000002"
+    with pytest.raises(SystemExit, match="--steps 1: .*run is at step 2 already"):
+        train.main(replace(c, steps=1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -476,7 +479,9 @@ parallel.leave(run)
 @pytest.mark.parametrize(("change", "named"), [
     ("c.lr *= 1 + int(os.environ['RANK'])", "--lr is 0.003 and 0.006"),
     ("parallel.hash_of = lambda path: 'file of ' + os.environ['RANK']",
-     "the content of --prompts is file of 0 and file of 1")])
+     "the content of --prompts is file of 0 and file of 1"),
+    ("plain = train.setup\ndef setup(c):\n    run = plain(c)\n    run.step = run.process\n    return run\ntrain.setup = setup",
+     "the checkpoint to go on from is 0 and 1")])
 def test_processes_that_disagree_are_stopped_at_the_start(tmp_path, change, named):
     ends = [p.communicate(timeout=200) + (p.returncode,)
             for p in start_ranks(write_script(tmp_path, f"{change}\ntrain.main(c)", **OPTIONS))]
@@ -513,7 +518,7 @@ def test_other_processes_may_take_up_the_run(tmp_path, straight):
     train.main(replace(c, resume=True, accumulate=2))
     name, lora, _, _, logs = state_of(tmp_path / "run")
     assert name == straight[0]
-    for row, expected in list(zip(logs, straight[-1], strict=True))[1:]:  # of the first step one process's half is logged
+    for row, expected in zip(logs, straight[-1], strict=True):
         assert row["loss_caption"] == pytest.approx(expected["loss_caption"], rel=0.02)
     moved = torch.cat([w.flatten() for w in lora.values()])
     wanted = torch.cat([w.flatten() for w in straight[1].values()])

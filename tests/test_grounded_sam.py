@@ -97,7 +97,7 @@ def refuses(parts, call, *arguments):
 # The models
 
 # reference_outputs with masks.TextEncoder = groundingdino.models.GroundingDINO.bertwarper.BertModelWarper, that is the
-# unmended package, on transformers 4.57.6 (torch 2.14.1, CPU, float32)
+# unfixed package, on transformers 4.57.6 (torch 2.14.1, CPU, float32)
 LOGITS = [[-23.0306358, -8.1298504, -11.2552509, -5.7116075, -14.1246519, -5.7175989, -12.0405293, -16.1161079],
           [-22.7002220, -7.9224710, -10.0749989, -6.7847261, -11.6328869, -7.3669205, -14.2942505, -15.6283054],
           [-23.7836704, -6.7819896, -11.1651812, -5.1229124, -11.4725628, -5.1747875, -13.0727482, -14.2980042]]
@@ -105,13 +105,13 @@ BOXES = [[0.2791375, 0.9834030, 0.3492020, 0.0816029], [0.5927217, 0.2313705, 0.
          [0.1347613, 0.3274394, 0.4582396, 0.1420042]]
 
 
-def test_the_mended_groundingdino_equals_the_original_on_transformers_4(tokenizer):
+def test_the_fixed_groundingdino_equals_the_original_on_transformers_4(tokenizer):
     logits, boxes = reference_outputs(tokenizer)
     torch.testing.assert_close(logits, torch.tensor(LOGITS), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(boxes, torch.tensor(BOXES), rtol=0, atol=1e-5)
 
 
-def test_the_mend_does_not_outlive_the_building_of_a_model(models):
+def test_the_fix_does_not_outlive_the_building_of_a_model(models):
     import groundingdino.models.GroundingDINO.groundingdino as package
     from groundingdino.models.GroundingDINO.bertwarper import BertModelWarper
     assert package.BertModelWarper is BertModelWarper

@@ -97,6 +97,18 @@ def test_a_mistake_is_one_line(case, monkeypatch, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("kind", "place", "bit"), [("png", 35, 4), ("tiff", 72, 1)])  # Pillow: SyntaxError, TypeError
+def test_a_damaged_image_is_one_line(tmp_path, kind, place, bit):
+    path = tmp_path / f"x.{kind}"
+    Image.frombytes("RGB", (32, 32), random.Random(0).randbytes(3 * 32 * 32)).save(path)
+    data = bytearray(path.read_bytes())
+    data[place] ^= bit
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"^--image {path}: not an image that can be read$") as caught:
+        masks.read_image(path)
+    assert not isinstance(caught.value.__cause__, (OSError, ValueError))
+
+
 def test_help_needs_no_heavy_library(tmp_path):
     for name in HEAVY:
         (tmp_path / f"{name}.py").write_text("raise ImportError('help imports me')")

@@ -99,6 +99,30 @@ def test_merged_sampling_is_the_adapters_and_leaves_the_weights_alone(tmp_path):
     assert all(torch.equal(p, before[n]) for n, p in run.pipe.unet.named_parameters())
 
 
+def test_merging_rounds_in_bfloat16_about_as_much_as_bfloat16_itself():
+    """Root mean square differences of z_T, as a share of its deviation, over whole samplings of the shapes world's model."""
+    c = replace(config.PRESETS["shapes"][1], device="cpu")
+    asked = prompts.read(c.eval_prompts)[:2]
+
+    def z_of(dtype, context, name=diffusion.ADAPTER):
+        pipe, plan = diffusion.open_pipeline(replace(c, dtype=dtype))
+        randomise(diffusion.add_adapter(pipe.unet, diffusion.ADAPTER, c.rank))
+        generators = [torch.Generator().manual_seed(i) for i in range(len(asked))]
+        noise, text = diffusion.initial_noise(pipe, (c.resolution, c.resolution), generators), diffusion.encode(pipe, asked)
+        with context(pipe.unet, name):
+            return diffusion.sample(pipe, plan, text, noise, generators, c.guidance_scale)[0]
+
+    def difference(a, b):
+        return ((a - b).square().mean().sqrt() / b.std()).item()
+    exact, half = z_of("float32", diffusion.adapter), z_of("bfloat16", diffusion.adapter)
+    found = {"bfloat16": difference(half, exact), "float32, merged": difference(z_of("float32", diffusion.merged), exact),
+             "bfloat16, merged": difference(z_of("bfloat16", diffusion.merged), exact),
+             "without the LoRA": difference(z_of("float32", diffusion.adapter, None), exact)}
+    print({name: f"{value:.2e}" for name, value in found.items()})
+    assert found["float32, merged"] < 1e-5 < found["bfloat16"] < found["bfloat16, merged"] < 2 * found["bfloat16"]
+    assert found["without the LoRA"] > 4 * found["bfloat16, merged"]
+
+
 def test_a_step_with_merged_sampling_has_the_same_gradient(tmp_path, plain):
     same(gradients_of_a_step(tmp_path, merge=True), plain)
 

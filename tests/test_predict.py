@@ -210,8 +210,9 @@ def test_the_table_has_a_row_a_configuration(monkeypatch, capsys):
     monkeypatch.setattr(predict, "steps", steps)
     predict.table()
     head, rule, *rows = capsys.readouterr().out.splitlines()
-    assert len({line.count("|") for line in (head, rule, *rows)}) == 1 and len(rows) == 4 * len(asked) == 32
-    assert rows[1] == "| sdxl |  | 2 | 20 | 20.0 | sample | yes | yes | yes |"
+    assert len({line.count("|") for line in (head, rule, *rows)}) == 1 and len(rows) == len(asked) == 8
+    assert head.startswith("| preset | options | TFLOP, 1 prompt | GiB, batch 1 |") and head.endswith("| 40 GB | 80 GB |")
+    assert rows[0] == "| sdxl |  | 10 | 10.0 | 20.0 | 40.0 | 60.0 | 2 | 2 | 6 |"
     assert asked[:4] == [("sdxl", False, False), ("sdxl", True, False), ("sdxl", False, True), ("sdxl", True, True)]
     assert {preset for preset, *_ in asked} == {"sdxl", "sd15"}
 

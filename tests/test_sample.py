@@ -24,7 +24,7 @@ import sample
 LORA = "pytorch_lora_weights.safetensors"
 BLOCKS = ("mid_block",)
 DEFAULTS = dict(prompt=(), prompts=None, n=8, seed=0, steps=0, guidance_scale=0.0, checkpoint="latest", lora="",
-                base_only=False, activation=False, attention=False, to=None)
+                base_only=False, activation=False, attention=False, to=None, batch=8, device="")
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,7 @@ def test_images_know_their_prompt_seed_and_models(out, tmp_path):
         for image in (base, tuned):
             assert image.size == (32, 32) and image.text["prompt"] == prompt
             assert (image.text["seed"], image.text["steps"], image.text["guidance_scale"]) == (str(5 + i), "3", "2.0")
+        assert base.text["unet"] == base.text["model"] == str(configuration.SHAPES / "pipeline")
         assert base.text["lora"] == "none" and tuned.text["lora"] == f"{out}/checkpoints/latest"
     assert abs(pixels(tmp_path / "000-base.png") - pixels(tmp_path / "000-tuned.png")).max() > 5
 
@@ -91,6 +92,13 @@ def test_base_only_needs_no_checkpoint(out, tmp_path, monkeypatch):
     assert (pixels(found / "000-base.png") == pixels(tmp_path / "both/000-base.png")).all()
     draw("shapes", base_only=True, steps=2)
     assert Image.open(tmp_path / "out/shapes-images/000-base.png").text["steps"] == "2"
+
+
+def test_another_device_than_the_runs(tmp_path):
+    """Opened on a machine without the GPU that the run was made on."""
+    configuration.save(small_config(tmp_path, device="cuda"), tmp_path / "run/config.json")
+    config, pipe, _ = sample.open_run(tmp_path / "run", base_only=True, device="cpu")
+    assert config.device == pipe.device.type == "cpu"
 
 
 def test_a_list_of_prompts_and_its_first_n(out, tmp_path, capsys):
@@ -188,6 +196,8 @@ def test_unfinished_checkpoints_are_refused(out, tmp_path):
 
 @pytest.mark.parametrize(("flags", "words"), [
     ({"prompt": ()}, "no prompts: give --prompt"), ({"prompt": (" ", "")}, "no prompts"), ({"n": 0}, "--n 0"),
+    ({"batch": 0}, "--batch 0"),
+    ({"out": "shapes", "base_only": True, "steps": 2000}, "^2000 denoising steps: the model was trained with 1000$"),
     ({"steps": -1}, "--steps -1"), ({"seed": -3}, "--seed -3"), ({"out": "sdxl"}, "sdxl: a preset has no checkpoint"),
     ({"base_only": True, "lora": "x"}, "exclude each other"), ({"lora": "x", "checkpoint": "step-000004"}, "exclude"),
     ({"out": "nowhere"}, "nowhere: not an output folder"), ({"to": Path("/proc/version")}, "--to /proc/version: is a file")])
@@ -250,10 +260,9 @@ def test_entity_activation_and_its_interval():
     values = sample.entity_activation(torch.arange(14.0).reshape(2, 7), entities)
     assert values[0] == pytest.approx(10 / 3) and values[1].isnan()
     base = torch.rand(50, generator=torch.manual_seed(0))
-    assert sample.paired_interval(base[:1], base[:1]) is None
-    assert sample.paired_interval(base, base + 0.25) == pytest.approx((0.25, 0.25))
+    assert sample.bootstrap(base, base + 0.25) == pytest.approx([0.25, 0.25])
     noise = torch.randn(400, generator=torch.manual_seed(1))
-    low, high = sample.paired_interval(torch.zeros(400), 0.5 + noise)
+    low, high = sample.bootstrap(torch.zeros(400), 0.5 + noise)
     middle, half = 0.5 + noise.mean().item(), 1.96 * noise.std().item() / 20  # the normal approximation
     assert (low, high) == pytest.approx((middle - half, middle + half), abs=0.02)
 

@@ -1,5 +1,4 @@
-"""The embedded world: grammar, renderer, oracle, segmenter, what is in weights/shapes; and how scores are compared."""
-import math
+"""The embedded world: grammar, renderer, oracle, segmenter, and what is in weights/shapes."""
 import random
 from dataclasses import replace
 
@@ -7,7 +6,6 @@ import pytest
 import torch
 
 import config
-import evaluate
 import masks
 import prompts
 import shapes
@@ -157,68 +155,3 @@ def test_the_captioner_prefers_the_true_caption():
         true, false = losses.caption_loss(captioner, tokenizer, image, texts)
         right += true.item() < false.item()
     assert right >= 18
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompt files
-
-def test_prompt_files_are_read_stripped(tmp_path):
-    (tmp_path / "p.txt").write_text("  a cat \n\n\na dog\r\nün äpple\n", encoding="utf-8")
-    assert prompts.read(tmp_path / "p.txt") == ["a cat", "a dog", "ün äpple"]
-
-
-def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path):
-    (tmp_path / "p.txt").write_text("a cat\n", encoding="utf-8-sig")
-    assert prompts.read(tmp_path / "p.txt") == ["a cat"]
-
-
-@pytest.mark.parametrize(("content", "word"), [
-    (b"", "no prompts"), (b"\n  \n", "no prompts"), (None, "No such file"), ("a cat\n".encode("utf-16"), "UTF-8")])
-def test_bad_prompt_files_are_named(tmp_path, content, word):
-    path = tmp_path / "list.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=word) as caught:
-        prompts.read(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparison
-
-def rows(*values):
-    return [{"x": v} for v in values]
-
-
-def test_compare_by_hand():
-    results = evaluate.compare(rows(0.0, 0.0, 1.0, 0.0), rows(1.0, 0.0, 1.0, 1.0))
-    assert results["n"] == 4 and results["base"]["x"] == 0.25 and results["tuned"]["x"] == 0.75
-    assert results["difference"]["x"] == 0.5 and results["interval"]["x"] == [0.0, 1.0]
-
-
-def test_interval_is_that_of_the_normal_approximation():
-    generator = torch.Generator().manual_seed(0)
-    base = torch.randn(400, generator=generator)
-    change = 0.2 + 0.5 * torch.randn(400, generator=generator)
-    results = evaluate.compare(rows(*base.tolist()), rows(*(base + change).tolist()))
-    half = 1.96 * change.std().item() / 20
-    expected = [change.mean().item() - half, change.mean().item() + half]
-    assert results["interval"]["x"] == pytest.approx(expected, abs=0.01)
-
-
-def test_comparison_is_paired():
-    """A constant gain is certain, however much the prompts differ."""
-    base = torch.randn(50).tolist()
-    low, high = evaluate.compare(rows(*base), rows(*(v + 0.1 for v in base)))["interval"]["x"]
-    assert low == pytest.approx(0.1, abs=1e-4) and high == pytest.approx(0.1, abs=1e-4)
-
-
-def test_compare_leaves_out_what_is_not_a_number():
-    results = evaluate.compare(rows(NAN, 0.0, 1.0, 1.0), rows(1.0, 0.5, NAN, 1.0))
-    assert results["base"]["x"] == pytest.approx(2 / 3) and results["tuned"]["x"] == pytest.approx(2.5 / 3)
-    assert all(math.isfinite(v) for v in results["interval"]["x"])
-
-
-def test_table_shows_every_score():
-    table = evaluate.table(evaluate.compare(rows(0.0, 0.0), rows(1.0, 1.0)))
-    assert "n = 2" in table and "0.000 ->  1.000      +1.000  [+1.000, +1.000]" in table

@@ -120,7 +120,7 @@ def test_merging_rounds_in_bfloat16_about_as_much_as_bfloat16_itself():
              "without the LoRA": difference(z_of("float32", diffusion.adapter, None), exact)}
     print({name: f"{value:.2e}" for name, value in found.items()})
     assert found["float32, merged"] < 1e-5 < found["bfloat16"] < found["bfloat16, merged"] < 2 * found["bfloat16"]
-    assert found["without the LoRA"] > 4 * found["bfloat16, merged"]
+    assert found["without the LoRA"] > 2 * found["bfloat16, merged"]
 
 
 def test_a_step_with_merged_sampling_has_the_same_gradient(tmp_path, plain):

@@ -119,7 +119,7 @@ class Config:
     lr_end: float = 1.0
     """The learning rate falls linearly towards this share of itself; 1 is constant."""
     weight_decay: float = 0.01
-    """AdamW's, of both optimisers (the official code's too)."""
+    """AdamW's weight decay, of both optimisers; 0.01 is PyTorch's default."""
     clip_norm: float = 0.1
     """Largest gradient norm of the LoRA."""
     lr_discriminator: float = 5e-5

@@ -150,7 +150,7 @@ import diffusion, prompts, train
 
 folder = Path({folder!r})
 run = train.setup(small_config(folder, {options}))
-noises, asked, weights = [], [], []
+noises, asked, weights, losses = [], [], [], []
 plain_noise, plain_batch = diffusion.initial_noise, prompts.batch_of
 def noise(*args):
     noises.append(plain_noise(*args))
@@ -160,9 +160,9 @@ def batch(*args):
     return asked[-1]
 diffusion.initial_noise, prompts.batch_of = noise, batch
 for run.step in range(3):
-    train.train_step(run)
+    losses.append(train.train_step(run)["loss_caption"])
     weights.append([p.detach().clone() for p in run.parameters + run.discriminator_parameters])
-torch.save({{"noise": noises[0], "prompts": asked, "weights": weights}}, folder / f"rank{{run.process}}.pt")
+torch.save({{"noise": noises[0], "prompts": asked, "weights": weights, "losses": losses}}, folder / f"rank{{run.process}}.pt")
 train.parallel.leave(run)
 """
 
@@ -194,11 +194,17 @@ def test_two_processes_have_prompts_and_noise_of_their_own(two_ranks):
     assert not any(torch.equal(a, b) for a in first["noise"] for b in second["noise"])
 
 
+def test_the_log_is_of_all_processes(two_ranks):
+    first, second = two_ranks[1]
+    assert first["losses"] == second["losses"] and len(set(first["losses"])) == 3
+
+
 def test_two_processes_take_the_mean_of_their_gradients(two_ranks, tmp_path, monkeypatch):
     """The first step again, each rank's gradient alone in this process: the update is their mean, not one of them."""
     gradients = []
     monkeypatch.setattr(train, "average_gradients", lambda parameters, *rest: gradients.append(
         [p.grad.clone() for p in parameters]) or 0.0)
+    monkeypatch.setattr(train.parallel, "gather", lambda rows, processes: rows)
     for rank in range(2):
         c = small_config(tmp_path, clip_norm=1e9, beta1=0.0, lr=0.1)
         run = train.setup(c)

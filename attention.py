@@ -27,7 +27,7 @@ def cross_attention_layers(unet, blocks):
 
 
 def uncompiled():
-    """Within the context nothing is compiled: graphs of torch.compile do not notice that hooks came or went."""
+    """Within the context nothing is compiled: graphs of torch.compile do not notice hooks that came later (pytorch #117758)."""
     return torch.compiler.set_stance("force_eager")
 
 

@@ -46,7 +46,6 @@ import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 import config as configuration  # noqa: E402
-import diffusion  # noqa: E402
 import evaluate  # noqa: E402
 import figures  # noqa: E402
 import sample  # noqa: E402
@@ -178,6 +177,6 @@ if __name__ == "__main__":
     try:
         main(**parsed)
     except (ValueError, OSError) as error:
-        sys.exit(f"ablation.py: {diffusion.first_line(error)}")
+        sys.exit(f"ablation.py: {configuration.first_line(error)}")
     except KeyboardInterrupt:
         sys.exit("ablation.py: stopped; start it again to go on")

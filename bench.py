@@ -374,6 +374,6 @@ if __name__ == "__main__":
     try:
         main(parsed)
     except (ValueError, OSError) as error:
-        sys.exit(f"bench.py: {diffusion.first_line(error)}")
+        sys.exit(f"bench.py: {configuration.first_line(error)}")
     except torch.OutOfMemoryError:
         sys.exit("bench.py: out of the GPU's memory: try --checkpointing, --offload, a smaller --batch; see --predict")

@@ -35,6 +35,7 @@ class Run:
     discriminator_parameters: list = field(default_factory=list)
     discriminator_optimizer: object = None
     empty: object = None
+    shown: list = field(default_factory=list)
     base_samples: object = None
     step: int = 0
     skipped: int = 0
@@ -60,16 +61,16 @@ def setup(c, pipe=None, captioner=None, segmenter=None):
     if not c.prompts.is_file() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         prompt_lists.fetch(c.prompts.parent)  # the default list, once a machine
     parallel.barrier(processes)
-    if c.eval_prompts:
-        prompt_lists.read(c.eval_prompts)  # what is wrong with it is told now, not after the training
+    prompts = prompt_lists.read(c.prompts)  # what is wrong with a list is told before the models are loaded
+    shown = (prompt_lists.read(c.eval_prompts) if c.eval_prompts else prompts)[:c.sample_prompts]
     torch.manual_seed(c.seed)
     pipe, plan = (pipe, diffusion.plan_of(pipe, c)) if pipe else diffusion.open_pipeline(c)
     device = pipe.unet.device
     fused = device.type == "cuda"  # one kernel, and no temporary copies of the parameters
     parameters = diffusion.add_adapter(pipe.unet, diffusion.ADAPTER, c.rank)
-    run = Run(c, pipe, plan, prompt_lists.read(c.prompts), parameters,
+    run = Run(c, pipe, plan, prompts, parameters,
               torch.optim.AdamW(parameters, lr=c.lr, betas=(c.beta1, 0.999), weight_decay=c.weight_decay, fused=fused),
-              empty=diffusion.encode(pipe, [""]), process=process, processes=processes)
+              empty=diffusion.encode(pipe, [""]), shown=shown, process=process, processes=processes)
     if c.caption_weight:
         run.captioner, run.tokenizer = captioner or losses.load_captioner(c.captioner, device, getattr(torch, c.dtype))
     if c.token_weight or c.pixel_weight:

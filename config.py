@@ -227,6 +227,11 @@ def save(config, path):
     write(path, json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
 
 
+def first_line(error):
+    """What an exception says, or else its name, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def write(path, data):
     """Writes a file (str or bytes) under a temporary name, then renames it: whole or not at all, also if the power fails."""
     path = Path(path)

@@ -52,7 +52,7 @@ def load(model, unet=None, vae=None, revision=None, scheduler="ddpm", device="cp
         index = DiffusionPipeline.load_config(model, revision=revision)
     except (OSError, RecursionError) as error:
         raise ValueError(f"--model {model}: no diffusers pipeline there; give a hub id (needs the network once) or a folder "
-                         f"with model_index.json ({first_line(error)})") from None
+                         f"with model_index.json ({configuration.first_line(error)})") from None
     kind = index.get("_class_name") if isinstance(index, dict) else None
     if kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
         raise ValueError(f"--model {model}: is a {kind}; Stable Diffusion or Stable Diffusion XL is needed")
@@ -75,7 +75,7 @@ def load(model, unet=None, vae=None, revision=None, scheduler="ddpm", device="cp
             raise ValueError("weights are missing in unet/ or vae/")
         check_tokenizer(pipe.tokenizer, pipe.text_encoder.config.vocab_size)
     except Exception as error:  # of a damaged folder diffusers, transformers and safetensors raise nearly anything
-        raise ValueError(f"--model {model}: cannot be loaded ({first_line(error)})") from error
+        raise ValueError(f"--model {model}: cannot be loaded ({configuration.first_line(error)})") from error
     settings = {"clip_sample": False, **pipe.scheduler.config}  # DDPM's own default would clip latents as if they were pixels
     pipe.scheduler = SCHEDULERS[scheduler].from_config(settings)
     return freeze(pipe).to(device)
@@ -96,15 +96,16 @@ def load_part(flag, cls, source, dtype):
                 raise ValueError("weights are missing")
             return part
         except Exception as error:  # as above
-            raise ValueError(f"--{flag} {source}: cannot be loaded ({first_line(error)})") from error
+            raise ValueError(f"--{flag} {source}: cannot be loaded ({configuration.first_line(error)})") from error
     raise ValueError(f"--{flag} {source}: no {cls.__name__} there; give a hub id (needs the network once) or a folder with "
                      f"config.json or {flag}/config.json")
 
 
-def load_whole(cls, source, **options):
-    """A transformers model whose weights are in its file: for missing ones transformers would go on with random ones."""
+def load_whole(cls, source, tolerated=0.1, **options):
+    """A transformers model whose weights are in its file: for missing ones transformers would go on with random ones.
+    tolerated: the share that may be missing, for a library's version may rename one or two."""
     model, found = cls.from_pretrained(source, output_loading_info=True, **options)
-    if 10 * len(found["missing_keys"]) > len(model.state_dict()):  # a library's version may rename one or two
+    if len(found["missing_keys"]) > tolerated * len(model.state_dict()):
         raise ValueError(f"not a {cls.__name__}: {len(found['missing_keys'])} of {len(model.state_dict())} are missing")
     return model
 
@@ -114,10 +115,6 @@ def check_tokenizer(tokenizer, words):
     if not words // 2 < len(tokenizer) <= words:
         raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, the model {words}")
     tokenizer("a dog")
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def freeze(pipe):

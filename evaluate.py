@@ -379,6 +379,6 @@ if __name__ == "__main__":
     try:
         main(parsed)
     except (ValueError, OSError, parallel.Lost) as error:
-        sys.exit(f"evaluate.py: {diffusion.first_line(error)}")
+        sys.exit(f"evaluate.py: {configuration.first_line(error)}")
     except torch.OutOfMemoryError:
         sys.exit("evaluate.py: out of the GPU's memory: give a smaller --batch, or use another GPU, or --device cpu")

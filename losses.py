@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import config as configuration
 import diffusion
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -34,16 +35,23 @@ def caption_loss(captioner, tokenizer, images, prompts, prefix="a photography of
 
 def load_captioner(source, device, dtype):
     """(frozen captioner, its tokenizer) from a hub id or a folder of a BlipForConditionalGeneration."""
-    from transformers import AutoTokenizer, BlipForConditionalGeneration
+    from transformers import BlipForConditionalGeneration
     if source.startswith((".", "/")) and not (Path(source) / "config.json").is_file():
         raise ValueError(f"--captioner {source}: no captioner there (no config.json)")
+    return load_judge("captioner", BlipForConditionalGeneration, source, device, dtype)
+
+
+def load_judge(flag, cls, source, device, dtype, tolerated=0.1):
+    """(frozen model, its tokenizer) of a BLIP class. Raises ValueError, naming the flag, if they cannot be loaded or more
+    than a share `tolerated` of the weights is missing."""
+    from transformers import AutoTokenizer
     try:
-        captioner = diffusion.load_whole(BlipForConditionalGeneration, source, dtype=dtype).to(device)
+        model = diffusion.load_whole(cls, source, tolerated, dtype=dtype).to(device)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        diffusion.check_tokenizer(tokenizer, captioner.config.text_config.vocab_size)
+        diffusion.check_tokenizer(tokenizer, model.config.text_config.vocab_size)
     except Exception as error:  # of a damaged folder transformers and safetensors raise nearly anything
-        raise ValueError(f"--captioner {source}: cannot be loaded ({diffusion.first_line(error)})") from error
-    return captioner.requires_grad_(False).eval(), tokenizer
+        raise ValueError(f"--{flag} {source}: cannot be loaded ({configuration.first_line(error)})") from error
+    return model.requires_grad_(False).eval(), tokenizer
 
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -339,7 +339,7 @@ def load_segmenter(config, device="cpu"):
         return shapes.Segmenter.load(config.segmenter).to(device)
     except Exception as error:  # of a damaged folder json, torch and safetensors raise nearly anything
         raise ValueError(f"--segmenter {config.segmenter}: not a segmenter of shapes.py, or not whole "
-                         f"({type(error).__name__}: {str(error).splitlines()[0]})") from error
+                         f"({type(error).__name__}: {configuration.first_line(error)})") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,4 +392,4 @@ if __name__ == "__main__":
     try:
         main(**parsed)
     except (ValueError, OSError) as error:
-        sys.exit(f"masks.py: {str(error).splitlines()[0]}")
+        sys.exit(f"masks.py: {configuration.first_line(error)}")

@@ -17,7 +17,6 @@ import diffusion
 import discriminator
 import evaluate
 import parallel
-import prompts as prompt_lists
 import sample
 
 MAY_DIFFER = {"out", "resume", "steps", "sample_every", "sample_prompts", "terms_every", "checkpoint_every", "keep", "device",
@@ -92,12 +91,11 @@ def step_of(row):
 def draw_samples(run, log):
     """The grid at fixed prompts and seeds: samples/step-NNNNNN.png and TensorBoard."""
     c = run.config
-    asked = (prompt_lists.read(c.eval_prompts) if c.eval_prompts else run.prompts)[:c.sample_prompts]
     def draw(adapter):
-        return sample.generate(run.pipe, run.plan, asked, c.guidance_scale, c.resolution, (adapter,), batch=8)[0]
+        return sample.generate(run.pipe, run.plan, run.shown, c.guidance_scale, c.resolution, (adapter,), batch=8)[0]
     if run.base_samples is None:
         run.base_samples = draw(None)  # they never change: once a run
-    picture = sample.grid(asked, {"base": run.base_samples, f"step {run.step}": draw(diffusion.ADAPTER)})
+    picture = sample.grid(run.shown, {"base": run.base_samples, f"step {run.step}": draw(diffusion.ADAPTER)})
     (c.out / "samples").mkdir(exist_ok=True)
     picture.save(c.out / f"samples/step-{run.step:06d}.png")
     log.picture(run.step, "samples", picture)
@@ -144,7 +142,7 @@ def save_checkpoint(run):
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         intact = newest(run.config.out)
-        raise OSError(f"{final} cannot be written ({diffusion.first_line(error)}); make room, then go on with --resume"
+        raise OSError(f"{final} cannot be written ({configuration.first_line(error)}); make room, then go on with --resume"
                          + (f": {intact.name} is intact" if intact else "")) from error
     for old in sorted(folder.glob("step-??????"))[:-run.config.keep]:
         discard(old)
@@ -188,7 +186,7 @@ def load_checkpoint(run, folder):
     try:
         restore(run, folder)
     except (OSError, RuntimeError, KeyError, SafetensorError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{folder}: not a whole checkpoint of this model ({diffusion.first_line(error)}); delete it, and "
+        raise ValueError(f"{folder}: not a whole checkpoint of this model ({configuration.first_line(error)}); delete it, and "
                          "--resume takes the one before") from error
 
 

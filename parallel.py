@@ -10,6 +10,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+import config as configuration
+
 
 class Lost(Exception):
     """Another process has gone or does not answer."""
@@ -21,8 +23,8 @@ def together():
     try:
         yield
     except RuntimeError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Lost(f"another process has gone or does not answer ({reason[-200:]})") from error
+        reason = configuration.first_line(error)[-200:]
+        raise Lost(f"another process has gone or does not answer ({reason})") from error
 
 
 def join(device, backend=None, minutes=30.0):
@@ -40,8 +42,7 @@ def join(device, backend=None, minutes=30.0):
         try:
             dist.init_process_group(backend or ("nccl" if gpu else "gloo"), timeout=timedelta(minutes=minutes))
         except RuntimeError as error:
-            raise ValueError(f"the processes cannot join: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-                             ) from error
+            raise ValueError(f"the processes cannot join: {configuration.first_line(error)}") from error
     return process, processes
 
 

@@ -50,6 +50,7 @@ from tqdm import tqdm  # noqa: E402
 
 import losses  # noqa: E402
 import shapes  # noqa: E402
+from config import first_line  # noqa: E402
 
 WORDS = ["a", "an", "and", "the", "of", "photography", "photo", "with", "next", "to", *shapes.COLOURS, *shapes.SHAPES]
 
@@ -395,4 +396,4 @@ if __name__ == "__main__":
             torch.manual_seed(config.seed)
             STAGES[stage](config)
     except (ValueError, OSError) as error:
-        sys.exit(f"pretrain.py: {str(error).splitlines()[0]}")
+        sys.exit(f"pretrain.py: {first_line(error)}")

@@ -255,4 +255,4 @@ if __name__ == "__main__":
     try:
         fetch(*tyro.cli(arguments))
     except (ValueError, OSError) as error:
-        sys.exit(f"prompts.py: {str(error).splitlines()[0]}")
+        sys.exit(f"prompts.py: {configuration.first_line(error)}")

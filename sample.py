@@ -122,7 +122,7 @@ def load_lora(pipe, source, complaint):
         state = pipe.lora_state_dict(str(source), unet_config=pipe.unet.config)
         state = state[0] if isinstance(state, tuple) else state
     except Exception as error:  # diffusers, safetensors, the hub's client: each raises its own
-        raise ValueError(f"{complaint}: cannot be read as a LoRA ({diffusion.first_line(error)})") from error
+        raise ValueError(f"{complaint}: cannot be read as a LoRA ({configuration.first_line(error)})") from error
     state = {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
     if not any("lora_A" in k for k in state):
         state = convert_unet_state_dict_to_peft(state)
@@ -141,7 +141,7 @@ def load_lora(pipe, source, complaint):
     try:
         pipe.load_lora_weights(str(source), adapter_name=diffusion.ADAPTER)
     except Exception as error:
-        raise ValueError(f"{complaint}: does not fit this base ({diffusion.first_line(error)})") from error
+        raise ValueError(f"{complaint}: does not fit this base ({configuration.first_line(error)})") from error
     for name, parameter in pipe.unet.named_parameters():
         if f".{diffusion.ADAPTER}." in name:
             parameter.data = parameter.data.float()  # as in training
@@ -386,6 +386,6 @@ if __name__ == "__main__":
     try:
         main(SimpleNamespace(**parsed))
     except (ValueError, OSError) as error:
-        sys.exit(f"sample.py: {diffusion.first_line(error)}")
+        sys.exit(f"sample.py: {configuration.first_line(error)}")
     except torch.OutOfMemoryError:
         sys.exit("sample.py: out of the GPU's memory: give a smaller --batch, or use another GPU, or --device cpu")

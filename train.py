@@ -301,13 +301,12 @@ def told(*errors):
     """Ends the program with one line, in place of a traceback, for errors that are no fault of the code."""
     try:
         yield
-    except (*errors, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+    except (*errors, OSError, parallel.Lost, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         said = {torch.OutOfMemoryError: "out of the GPU's memory: try --checkpointing, --offload, or a smaller --batch with "
                                         "--accumulate; python bench.py sdxl --predict says what fits",
-                KeyboardInterrupt: "stopped at once; the newest checkpoint is whole"}
-        sys.exit(f"train.py: {said.get(type(error)) or diffusion.first_line(error)}")
-    except parallel.Lost as error:
-        sys.exit(f"train.py: {error}; the newest checkpoint is whole, go on with --resume")
+                KeyboardInterrupt: "stopped at once; the newest checkpoint is whole",
+                parallel.Lost: f"{error}; the newest checkpoint is whole, go on with --resume"}
+        sys.exit(f"train.py: {said.get(type(error)) or configuration.first_line(error)}")
 
 
 def begin(c):

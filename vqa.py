@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import torchvision.transforms.functional as TF
 
-import diffusion
 import losses
 
 NOT_ASKED = ("top", "the side", "the left", "the right")  # noun phrases that name a place, in exactly this spelling
@@ -28,16 +27,10 @@ YES, NO = 2748, 2053
 def load(source, device):
     """(frozen model, its tokenizer) from a hub id or a folder of a BlipForQuestionAnswering. Raises ValueError, naming the
     flag, if that is not there, or something else, or a damaged one."""
-    from transformers import AutoTokenizer, BlipForQuestionAnswering
+    from transformers import BlipForQuestionAnswering
     if source.startswith((".", "/")) and not (Path(source) / "config.json").is_file():
         raise ValueError(f"--vqa {source}: no model there (no config.json)")
-    try:
-        model = diffusion.load_whole(BlipForQuestionAnswering, source, dtype=torch.float32).to(device)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        diffusion.check_tokenizer(tokenizer, model.config.text_config.vocab_size)
-    except Exception as error:  # of a damaged folder transformers and safetensors raise nearly anything
-        raise ValueError(f"--vqa {source}: cannot be loaded ({diffusion.first_line(error)})") from error
-    return model.requires_grad_(False).eval(), tokenizer
+    return losses.load_judge("vqa", BlipForQuestionAnswering, source, device, torch.float32, tolerated=0)
 
 
 def questions(prompt, nlp):

@@ -78,6 +78,27 @@ def small_config(folder, **changes):
         **changes})
 
 
+def same(a, b):
+    """Whether two states, nested as they may be, are equal bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def watched_step(run):
+    """Takes a training step: (the gradients that both optimisers get, in a list; what it logged)."""
+    import train
+    found = []
+    for optimizer in (run.optimizer, run.discriminator_optimizer):
+        optimizer.register_step_pre_hook(
+            lambda o, *_: found.extend(p.grad.clone() for group in o.param_groups for p in group["params"]))
+    return found, train.train_step(run)
+
+
 ALL_LOSSES = {"token_weight": 0.5, "pixel_weight": 0.5, "adversarial_weight": 0.5, "attention_steps": 1}
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ALL_LOSSES, ROOT, command, randomise, small_config
+from conftest import ALL_LOSSES, ROOT, command, randomise, same, small_config, watched_step
 from safetensors.torch import load_file
 
 import config as configuration
@@ -60,16 +60,6 @@ def state_of(out):
     logs = [{k: v for k, v in row.items() if "seconds" not in k and "memory" not in k} for row in rows]
     return (newest.name, *(load_file(newest / f"{n}.safetensors") for n in ("pytorch_lora_weights", "discriminator")),
             torch.load(newest / "state.pt", weights_only=True), logs)
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @pytest.fixture(scope="module")
@@ -383,11 +373,7 @@ def gradients_of_a_step(folder, **changes):
     run = train.setup(small_config(folder, **{**OPTIONS, **changes}))
     randomise(run.parameters, 5)
     randomise(run.discriminator_parameters, 6)
-    found = []
-    for optimizer in (run.optimizer, run.discriminator_optimizer):
-        optimizer.register_step_pre_hook(
-            lambda o, *_: found.extend(p.grad.clone() for group in o.param_groups for p in group["params"]))
-    return found, train.train_step(run)
+    return watched_step(run)
 
 
 def close(found, expected):

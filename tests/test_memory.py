@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ALL_LOSSES, randomise, small_config
+from conftest import ALL_LOSSES, randomise, small_config, watched_step
 
 import attention
 import bench
@@ -36,12 +36,7 @@ def gradients_of_a_step(folder, prepare=lambda run: None, **changes):
     randomise(run.discriminator_parameters, 6)
     run.segmenter = Halves()
     prepare(run)
-    found = []
-    for optimizer in (run.optimizer, run.discriminator_optimizer):
-        optimizer.register_step_pre_hook(
-            lambda o, *_: found.extend(p.grad.clone() for group in o.param_groups for p in group["params"]))
-    log = train.train_step(run)
-    return found, log
+    return watched_step(run)
 
 
 @pytest.fixture

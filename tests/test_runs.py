@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ALL_LOSSES, PROMPTS, ROOT, command, randomise, small_config
+from conftest import ALL_LOSSES, PROMPTS, ROOT, command, randomise, same, small_config
 from safetensors.torch import load_file
 
 import config as configuration
@@ -32,16 +32,6 @@ def run_steps(c, until, checkpoint=None):
         run.step += 1
     output.save_checkpoint(run)
     return run
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):

@@ -19,7 +19,6 @@ OUT/scores.jsonl, one line an image. The scores:
 
 Without --scores: the last three, and the oracle where it can read the prompts, else vqa.
 """
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -64,7 +63,6 @@ import json  # noqa: E402
 import math  # noqa: E402
 
 import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import attention  # noqa: E402
@@ -371,14 +369,13 @@ def main(options):
     if scored:
         print(table(scored[0]))
         configuration.write(options.out / "results.json", as_json(scored[0], indent=2) + "\n")
-    if processes > 1:
-        dist.destroy_process_group()
+    parallel.leave(processes)
 
 
 if __name__ == "__main__":
     try:
         main(parsed)
     except (ValueError, OSError, parallel.Lost) as error:
-        sys.exit(f"evaluate.py: {configuration.first_line(error)}")
+        parallel.give_up(f"evaluate.py: {configuration.first_line(error)}")
     except torch.OutOfMemoryError:
-        sys.exit("evaluate.py: out of the GPU's memory: give a smaller --batch, or use another GPU, or --device cpu")
+        parallel.give_up("evaluate.py: out of the GPU's memory: give a smaller --batch, or use another GPU, or --device cpu")

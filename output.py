@@ -74,6 +74,7 @@ class Log:
             for key, value in numbers.items():
                 if not isinstance(value, list):
                     self.board.add_scalar(key, value, step)
+            self.board.flush()
 
     def picture(self, step, name, image):
         self.board.add_image(name, torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(

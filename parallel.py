@@ -46,10 +46,20 @@ def join(device, backend=None, minutes=30.0):
     return process, processes
 
 
-def leave(run):
-    if run.processes > 1:
-        barrier(run.processes)
+def leave(processes):
+    if processes > 1:
+        barrier(processes)
         dist.destroy_process_group()
+
+
+def give_up(message):
+    """Ends the program with a line on stderr ("" for none) and exit code 1. One of several processes ends at once: while Python
+    tidies up, gloo's threads may notice that another has gone before, and abort."""
+    if not dist.is_initialized():
+        sys.exit(message or 1)
+    print(message, end="\n" * bool(message), file=sys.stderr)
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(1)
 
 
 def barrier(processes):
@@ -100,7 +110,7 @@ def check_agreement(run):
         dist.all_reduce(extremes, dist.ReduceOp.MAX)
     largest, smallest = extremes.chunk(2)
     if not torch.equal(largest, -smallest):
-        sys.exit(f"train.py: step {run.step}: the processes' weights have drifted apart; the last checkpoint is from before")
+        give_up(f"train.py: step {run.step}: the processes' weights have drifted apart; the last checkpoint is from before")
 
 
 def check_alike(run):

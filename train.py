@@ -292,8 +292,9 @@ def check_trouble(run, numbers):
     if whose and not run.skipped or run.skipped and run.process == 0:  # a skipped step's prompts are those of all processes
         tqdm.write(f"step {run.step}{' skipped' * bool(run.skipped)}: {whose or 'the gradient is not finite'}", file=sys.stderr)
     if run.skipped > run.config.max_skips:
-        sys.exit(1 if run.process else f"train.py: {run.skipped} steps in a row had a loss or gradient that is not finite "
-                 f"({whose}); the newest checkpoint is from before; try a new run with a lower --lr or with --dtype float32")
+        parallel.give_up("" if run.process else f"train.py: {run.skipped} steps in a row had a loss or gradient that is not "
+                         f"finite ({whose}); the newest checkpoint is from before; try a new run with a lower --lr or with "
+                         "--dtype float32")
 
 
 @contextlib.contextmanager
@@ -306,7 +307,7 @@ def told(*errors):
                                         "--accumulate; python bench.py sdxl --predict says what fits",
                 KeyboardInterrupt: "stopped at once; the newest checkpoint is whole",
                 parallel.Lost: f"{error}; the newest checkpoint is whole, go on with --resume"}
-        sys.exit(f"train.py: {said.get(type(error)) or configuration.first_line(error)}")
+        parallel.give_up(f"train.py: {said.get(type(error)) or configuration.first_line(error)}")
 
 
 def begin(c):
@@ -332,7 +333,7 @@ def main(c):
     with told(ValueError):
         if c.eval_prompts and run.step == c.steps:
             output.report(run)
-        parallel.leave(run)
+        parallel.leave(run.processes)
 
 
 if __name__ == "__main__":

@@ -418,7 +418,7 @@ for optimizer in (run.optimizer, run.discriminator_optimizer):
         lambda o, *_: found.extend(p.grad.clone() for group in o.param_groups for p in group["params"]))
 train.train_step(run)
 torch.save(found, folder / f"rank{run.process}.pt")
-parallel.leave(run)
+parallel.leave(run.processes)
 """
     ends = [p.communicate(timeout=200) + (p.returncode,) for p in start_ranks(write_script(tmp_path, body, **OPTIONS))]
     assert [code for *_, code in ends] == [0, 0], ends[0][1][-2000:]
@@ -456,7 +456,7 @@ log = train.train_step(run)
 assert all(torch.equal(a, b) for a, b in zip(start, run.parameters + run.discriminator_parameters))
 assert log["skipped"] and len(log["trouble"]) == 2 and log["trouble"][0][0] in run.prompts
 parallel.check_agreement(run)
-parallel.leave(run)
+parallel.leave(run.processes)
 """
     ends = [p.communicate(timeout=200) + (p.returncode,) for p in start_ranks(write_script(tmp_path, body, **OPTIONS))]
     assert [code for *_, code in ends] == [0, 0], ends[0][1][-2000:] + ends[1][1][-2000:]
@@ -471,7 +471,7 @@ parallel.leave(run)
 def test_processes_that_disagree_are_stopped_at_the_start(tmp_path, change, named):
     ends = [p.communicate(timeout=200) + (p.returncode,)
             for p in start_ranks(write_script(tmp_path, f"{change}\ntrain.main(c)", **OPTIONS))]
-    assert [code for *_, code in ends] == [1, 1]
+    assert [code for *_, code in ends] == [1, 1], ends[0][1][-2000:] + ends[1][1][-2000:]
     assert all(f"train.py: the processes do not agree: {named}" in said for _, said, _ in ends), ends[0][1][-2000:]
     assert not (tmp_path / "run").exists()
 

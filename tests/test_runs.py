@@ -153,7 +153,7 @@ for run.step in range(3):
     losses.append(train.train_step(run)["loss_caption"])
     weights.append([p.detach().clone() for p in run.parameters + run.discriminator_parameters])
 torch.save({{"noise": noises[0], "prompts": asked, "weights": weights, "losses": losses}}, folder / f"rank{{run.process}}.pt")
-train.parallel.leave(run)
+train.parallel.leave(run.processes)
 """
 
 

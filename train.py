@@ -166,15 +166,15 @@ def attention_loss_of(run, prompts, images, times, log):
     log["repeated_nouns"] = sum(len(masks.repeated_nouns(p, run.parser, run.pipe.tokenizer)) for p in prompts)
 
     def attention_loss(maps):
-        total, batch = 0.0, len(prompts)
+        total, each = 0.0, list(zip(*(m.unbind() for m in maps)))  # m[b] of a batch would cost batch x batch, backwards
         activation = sample.entity_activation(attention.token_activation(maps), entities).nanmean().item()
         if not math.isnan(activation):  # no prompt has an entity
             log["entity_activation_percent"] = log.get("entity_activation_percent", 0.0) + 100 * activation / times
         for name, weight in (("token", c.token_weight), ("pixel", c.pixel_weight)):
             if weight:
                 formula = losses.token_loss if name == "token" else losses.pixel_loss
-                loss = sum(formula([m[b] for m in maps], [e.tokens for e in entities[b]], found[b], c.attention_reduction)
-                           for b in range(batch)) / batch
+                loss = sum(formula(own, [e.tokens for e in row], mask, c.attention_reduction)
+                           for own, row, mask in zip(each, entities, found, strict=True)) / len(prompts)
                 log[f"loss_{name}"] = log.get(f"loss_{name}", 0.0) + loss.item() / times
                 total = total + weight * loss
         return total

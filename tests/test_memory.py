@@ -1,4 +1,6 @@
 """What saves time or memory leaves the gradient as it is: judging in parts, checkpointing, merged sampling, torch.compile."""
+import os
+import time
 from dataclasses import replace
 
 import pytest
@@ -167,6 +169,24 @@ def test_no_adapter_where_the_empty_prompt_is_zero(tmp_path):
     run.pipe.register_to_config(force_zeros_for_empty_prompt=False)
     run.pipe.unet.delete_adapters(discriminator.ADAPTER)
     assert len(discriminator.add_adapter(run.pipe, 2)) == 2 * len(names)
+
+
+@pytest.mark.skipif("COST" not in os.environ, reason="slow: COST=1 python -m pytest tests/test_memory.py -k cost -s")
+def test_attention_losses_cost_little(tmp_path):
+    """The shapes preset's step with and without them, by turns: each one's fastest of twelve, in seconds of one core."""
+    c = replace(config.PRESETS["shapes"][1], out=tmp_path, references=tmp_path, terms_every=0, device="cpu")
+    runs = {"with": train.setup(c), "without": train.setup(replace(c, token_weight=0.0, pixel_weight=0.0))}
+    threads, seconds = torch.get_num_threads(), {name: [] for name in runs}
+    torch.set_num_threads(1)
+    for _ in range(13):  # the first makes the reference latents
+        for name, run in runs.items():
+            start = time.process_time()
+            train.train_step(run)
+            seconds[name].append(time.process_time() - start)
+    torch.set_num_threads(threads)
+    fastest = {name: min(values[1:]) for name, values in seconds.items()}
+    print({name: f"{value:.2f} s" for name, value in fastest.items()})
+    assert fastest["with"] < 1.1 * fastest["without"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def column(rows, key):
 
 def compare(out, seeds):
     """{recipe: {score: {"mean", "difference", "interval"}, "minutes"}}, the base among them; means over seeds. The intervals
-    say what other seeds and other prompts of this kind would give."""
+    say what other seeds and other prompts of this kind would give; over few seeds a bootstrap is too narrow."""
     table = {"base": {}}
     for recipe in RECIPES:
         folders = [out / f"{recipe}-{seed}" for seed in seeds]

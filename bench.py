@@ -284,6 +284,7 @@ KERNELS = {  # the step's arithmetic, by the names of torch's operators
 def profile(run):
     """One step under torch's profiler: the lines of a table, seconds and share by kind of operator. What is no operator's is
     Python's, and what waits for it."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
     gpu = run.pipe.unet.device.type == "cuda"
     with torch.profiler.profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * gpu]) as recorded:
@@ -292,6 +293,8 @@ def profile(run):
         total = time.perf_counter() - start
     kinds, others = dict.fromkeys(KERNELS, 0.0), {}
     for row in recorded.key_averages():
+        if row.device_type != DeviceType.CPU:  # a GPU's kernels stand there twice: on their own, and as their operator's
+            continue
         name = row.key.removeprefix("aten::")
         seconds = (row.self_device_time_total if gpu else row.self_cpu_time_total) / 1e6
         kind = next((k for k, names in KERNELS.items() if name in names or k == "attention" and name.startswith(names)), None)
@@ -344,6 +347,8 @@ def main(c):
         if c.json:
             Path(c.json).write_text(json.dumps({"config": vars(c), "phases": phases}, indent=2, default=str) + "\n")
         return
+    if c.repeat < 1 or not 0 < c.width <= 1:
+        raise ValueError(f"--repeat {c.repeat}, --width {c.width}: at least 1; above 0 and at most 1")
     before = train.peak_memory(diffusion.choose_device(c))
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()

@@ -151,7 +151,7 @@ class Config:
     keep: int = 3
     """Newest checkpoints to keep."""
     max_skips: int = 10
-    """Steps in a row that may be skipped because a loss or gradient is not finite; one more ends the run."""
+    """As many steps in a row skipped, because a loss or gradient is not finite, end the run."""
     timeout: float = 30.0
     """Minutes that a process waits for the others before it gives up."""
     eval_prompts: str = ""

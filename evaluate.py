@@ -6,8 +6,9 @@
     python evaluate.py out/sdxl --count 20 --images 2 --scores vqa caption        a quick look
     python evaluate.py out/sdxl --prompts my.txt --checkpoint step-001000
 
-prints a table with 95 % intervals of the difference, paired by prompt and seed, and the protocol; writes OUT/results.json and
-OUT/scores.jsonl, one line an image. The scores:
+prints a table with 95 % intervals of the difference, paired by prompt and seed, and the protocol; writes results.json and
+scores.jsonl, one line an image, to OUT or --to. Scores of another protocol that are there are kept under another name. The
+scores:
 
     oracle       the shapes world's oracle (shapes.score), for prompts and images of that world
     vqa          BLIP-VQA attribute binding as T2I-CompBench computes it (vqa.py), a row per list
@@ -48,6 +49,8 @@ class Options:
     seed: int | None = None
     """With one image per prompt the seed of the first prompt, the next has the next; with N images all prompts get the N seeds
     from this one. None: T2I-CompBench's 42 with vqa, else 1000000007, that of the grids."""
+    to: Path | None = None
+    """Folder for results.json and scores.jsonl. None: the output folder."""
     batch: int = 0
     """Images at a time; 0: the run's --batch. An image's score depends on it in the last digits only."""
     device: Literal["", "auto", "cuda", "cpu"] = ""
@@ -59,8 +62,11 @@ class Options:
 if __name__ == "__main__":
     parsed = tyro.cli(Options, description=__doc__)  # before the heavy imports: --help answers at once
 
+import contextlib  # noqa: E402
+import itertools  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
+import os  # noqa: E402
 
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -148,7 +154,7 @@ def protocol(run, options):
     """What was done, in words and numbers, for results.json and the lines below the table."""
     c, first = run.config, run.items[0].seed
     said = {
-        "lists": run.lists, "images_per_prompt": run.images,
+        "scores": ", ".join(run.scores), "lists": run.lists, "images_per_prompt": run.images,
         "seeds": f"{first} plus the prompt's place in the list" if run.images == 1 else f"{first} to {first + run.images - 1}",
         "model": c.model, "unet": configuration.parts(c)[0] or c.model,
         "checkpoint": (options.out / "checkpoints" / options.checkpoint).resolve().name,
@@ -237,10 +243,10 @@ def score_all(run, process=0, processes=1):
     """score_batch for all items, dealt out to the processes batch by batch. No batch depends on the number of processes, so
     no number does. Returns its three on process 0, with the first KEPT images only, and None on the others."""
     batches = [run.items[i:i + run.batch] for i in range(0, len(run.items), run.batch)]
-    done = []
+    done = []  # of images copies: a slice would keep, and send, the whole batch
     for k in tqdm(range(process, len(batches), processes), desc="scoring", disable=process > 0):
         rows, features, images = score_batch(run, batches[k])
-        done.append((k, rows, features, {name: x[:max(0, KEPT - k * run.batch)] for name, x in images.items()}))
+        done.append((k, rows, features, {name: x[:max(0, KEPT - k * run.batch)].clone() for name, x in images.items()}))
     done = parallel.gather(done, processes)
     if process > 0:
         return None
@@ -254,7 +260,7 @@ def score_all(run, process=0, processes=1):
 
 def compare(base, tuned):
     """Paired comparison of two tables of scores (lists of dicts, one a prompt): means, difference, 95 % bootstrap interval. A
-    score that only some prompts have is compared over these."""
+    score that only some prompts have is compared over these; one that is NaN in one table is left out of that table's mean."""
     results = {"n": len(base), "base": {}, "tuned": {}, "difference": {}, "interval": {}}
     for key in dict.fromkeys(key for row in base for key in row):
         before, after = (torch.tensor([row[key] for row in rows if key in row]) for rows in (base, tuned))
@@ -313,6 +319,7 @@ def summarise(run, rows, features, said):
         said["fidelity"] = (
             f"Frechet distance to the base with other seeds, {n} images of each model, {dim} features"
             + (f" (n <= {dim}: biased upwards, compare at the same n only)" if n <= dim else "")
+            + f"; interval: {RESAMPLES_FIDELITY} resamples, +- 1.96 standard deviations"
             + "; of the base: the floor; between base and tuned with the same seeds: "
             + f"{frechet_distance(features['base'], features['tuned']):.4g}")
     return {**results, "protocol": said}
@@ -339,25 +346,51 @@ def table(results):
 # ---------------------------------------------------------------------------------------------------------------------
 # A run
 
+def set_aside(folder, said):
+    """Renames the scores of another protocol in a folder, hours of work perhaps, to results.N.json and scores.N.jsonl."""
+    try:
+        before = json.loads((folder / "results.json").read_text())["protocol"]
+        same = all(before.get(key) == value for key, value in said.items())
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError, AttributeError):  # another program's, or an older version's
+        same = False
+    if not same:
+        number = next(n for n in itertools.count(1) if not (folder / f"results.{n}.json").exists())
+        for name, end in ("results", "json"), ("scores", "jsonl"):
+            with contextlib.suppress(FileNotFoundError):
+                (folder / f"{name}.{end}").rename(folder / f"{name}.{number}.{end}")
+        print(f"{folder}: the scores of another protocol are kept as results.{number}.json and scores.{number}.jsonl")
+
+
 def score_run(config, pipe, plan, options=None, captioner=None, parser=None, process=0, processes=1):
-    """Scores the adapter `comat` of a pipeline against its base and writes options.out/scores.jsonl, one line an image.
+    """Scores the adapter `comat` of a pipeline against its base, prints the table, writes results.json and scores.jsonl.
 
     options: an Options, by default those of the run's own folder. captioner (model, tokenizer), parser: if they are loaded
     already. Returns (results, prompts, images of the base, images of the tuned model), the last three for the first KEPT
     images, or None on a process but the first. All processes must call it together.
     Raises ValueError, naming the file or flag, for a list or a judge that is not there."""
     options = options or Options(config.out)
+    folder = options.to or options.out
+    if folder.exists() and not os.access(folder, os.W_OK):  # known before the work, not after
+        raise ValueError(f"{folder}: cannot be written; give --to another folder")
     run = plan_scoring(options, config, pipe, plan)
     open_judges(run, options, captioner, parser)
     scored = score_all(run, process, processes)
     if scored is None:
         return None
+    if pipe.device.type != "cpu":
+        torch.set_num_threads(os.cpu_count() or 1)  # torchrun gave each process one, and the others are done
     rows, features, images = scored
+    said = protocol(run, options)
+    set_aside(folder, said)
+    results = summarise(run, rows, features, said)
+    print(table(results))
     lines = [as_json({**vars(item), "model": name, **rows[name][i]}) + "\n" for i, item in enumerate(run.items)
              for name in ("base", "tuned")]
-    configuration.write(options.out / "scores.jsonl", "".join(lines))
-    prompts = [item.prompt for item in run.items[:KEPT]]
-    return summarise(run, rows, features, protocol(run, options)), prompts, images["base"], images["tuned"]
+    configuration.write(folder / "scores.jsonl", "".join(lines))
+    configuration.write(folder / "results.json", as_json(results, indent=2) + "\n")
+    return results, [item.prompt for item in run.items[:KEPT]], images["base"], images["tuned"]
 
 
 def main(options):
@@ -365,10 +398,7 @@ def main(options):
     config, pipe, plan = sample.open_run(options.out, options.checkpoint, device=options.device)
     if pipe.device.type == "cpu":
         torch.set_num_threads(1)  # the last digits depend on it; torchrun does so too. More cores: more processes
-    scored = score_run(config, pipe, plan, options, process=process, processes=processes)
-    if scored:
-        print(table(scored[0]))
-        configuration.write(options.out / "results.json", as_json(scored[0], indent=2) + "\n")
+    score_run(config, pipe, plan, options, process=process, processes=processes)
     parallel.leave(processes)
 
 

@@ -103,18 +103,16 @@ def draw_samples(run, log):
 
 
 def report(run):
-    """Scores base against tuned on the held-out prompts, all processes together: the printed table, results.json, scores.jsonl,
+    """Scores base against tuned on the held-out prompts, all processes together (evaluate.score_run), and draws
     samples/before_after.png."""
     c, captioner = run.config, (run.captioner, run.tokenizer) if run.captioner else None
     with diffusion.visiting(run.pipe.unet.device, *diffusion.text_encoders(run.pipe), run.pipe.vae, run.captioner):
         scored = evaluate.score_run(c, run.pipe, run.plan, captioner=captioner, parser=run.parser, process=run.process,
                                     processes=run.processes)
     if scored:
-        results, asked, base, tuned = scored
-        configuration.write(c.out / "results.json", evaluate.as_json(results, indent=2) + "\n")
+        _, asked, base, tuned = scored
         (c.out / "samples").mkdir(exist_ok=True)
         sample.grid(asked, {"base": base, "tuned": tuned}).save(c.out / "samples/before_after.png")
-        print(evaluate.table(results))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

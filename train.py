@@ -89,7 +89,15 @@ def add_gradients(run, part, trouble):
                                                 trained if c.through_inputs else attended)}  # which adds to the old log, again
     if run.head:  # 4. the discriminator's own gradient
         log.update(discriminate(run, z, prompts))
+    if not any(fatal for *_, fatal in trouble) and not finite_gradient(run):
+        trouble += [(prompt, "the gradient of its batch is not finite", True) for prompt in prompts]
     return log
+
+
+def finite_gradient(run):
+    """Whether this process's gradients are finite so far."""
+    gradients = [p.grad for p in run.parameters + run.discriminator_parameters if p.grad is not None]
+    return math.isfinite(torch.nn.utils.get_total_norm(gradients))
 
 
 def choose_steps(config, step):
@@ -291,7 +299,7 @@ def check_trouble(run, numbers):
     whose = "; ".join(f"{prompt[:80]!r}: {why}" for prompt, why, _ in numbers.get("trouble", []))
     if whose and not run.skipped or run.skipped and run.process == 0:  # a skipped step's prompts are those of all processes
         tqdm.write(f"step {run.step}{' skipped' * bool(run.skipped)}: {whose or 'the gradient is not finite'}", file=sys.stderr)
-    if run.skipped > run.config.max_skips:
+    if run.skipped >= run.config.max_skips:
         parallel.give_up("" if run.process else f"train.py: {run.skipped} steps in a row had a loss or gradient that is not "
                          f"finite ({whose}); the newest checkpoint is from before; try a new run with a lower --lr or with "
                          "--dtype float32")

@@ -1,13 +1,16 @@
 """bench.py: the true sizes, what it counts, and whole random-weight steps on small architectures."""
+import contextlib
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import command
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.autograd import DeviceType
 from transformers import BlipConfig, BlipForConditionalGeneration
 
 import bench
@@ -127,8 +130,27 @@ def test_the_shapes_preset_and_its_mistakes(tmp_path):
     assert said.startswith("bench.py: --random-weights: there is no published architecture for shapes")
 
 
+@pytest.mark.parametrize("flags", [("--repeat", 0), ("--width", 0)])
+def test_nothing_to_measure_is_named(flags):
+    with pytest.raises(ValueError, match="^--repeat .* --width .*: at least 1"):
+        bench.main(parse("shapes", *flags, *SMALL))
+
+
 def test_help_needs_no_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise RuntimeError('heavy import')\n")
     done = command("bench.py", "sdxl", "--help", env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0 and "--random-weights" in done.stdout and "--grad-steps" in done.stdout
     assert "--preset" not in done.stdout, sys.version
+
+
+def test_a_gpus_kernels_are_counted_once(monkeypatch):
+    """torch's profiler lists them as rows of their own and in their operators' rows."""
+    def row(key, kind, seconds):
+        return SimpleNamespace(key=key, device_type=getattr(DeviceType, kind), self_device_time_total=1e6 * seconds)
+    rows = [row("aten::mm", "CPU", 0.5), row("sm90_gemm", "CUDA", 0.5), row("aten::add", "CPU", 0.25)]
+    recorded = contextlib.nullcontext(SimpleNamespace(key_averages=lambda: rows))
+    monkeypatch.setattr(torch.profiler, "profile", lambda **options: recorded)
+    monkeypatch.setattr(bench.train, "train_step", lambda run: None)
+    run = SimpleNamespace(pipe=SimpleNamespace(unet=SimpleNamespace(device=torch.device("cuda"))))
+    seconds = {line[:40].strip(): float(line[40:49]) for line in bench.profile(run).splitlines()}
+    assert seconds["matrix products"] == seconds["these three"] == 0.5 and seconds["add"] == 0.25 and "sm90_gemm" not in seconds

@@ -348,6 +348,8 @@ def test_every_score_is_that_of_its_own_judge(model, tmp_path, blip_vqa):
     assert said["unet"] == said["model"] == c.model
     assert said["seeds"] == "5 to 6" and said["images_per_prompt"] == 2 and said["lists"] == {"list": 2}
     assert (said["sampler"], said["steps"], said["guidance_scale"], said["resolution"]) == ("ddpm", 2, 2.0, 32)
+    evaluate.score_run(c, pipe, schedule, replace(options, scores=("oracle",), to=tmp_path / "other"))
+    assert rows_of(c.out) == rows and len(rows_of(tmp_path / "other")) == 8
     text = evaluate.table(results)
     assert all(str(word) in text for word in ("list: 2", "5 to 6", "ddpm", str(blip_vqa), "frechet distance", "blip vqa list"))
 
@@ -384,3 +386,32 @@ def test_two_processes_give_the_same_results_as_one(trained, tmp_path, capsys):
     assert capsys.readouterr().out == two.stdout and "prompts, n = 5" in two.stdout and "Traceback" not in two.stderr
     assert [row["model"] for row in rows_of(tmp_path / "two")] == ["base", "tuned"] * 5
     assert json.loads((tmp_path / "two/results.json").read_text())["protocol"]["checkpoint"] == "step-000002"
+
+
+def test_scores_of_another_protocol_are_kept(tmp_path, capsys):
+    def write(said):
+        evaluate.set_aside(tmp_path, said)
+        for name in ("results.json", "scores.jsonl"):
+            (tmp_path / name).write_text(json.dumps({"protocol": {**said, "fidelity": "seen later"}}))
+
+    many, few = {"lists": {"color": 300}, "steps": 50}, {"lists": {"color": 20}, "steps": 50}
+    for said in (many, many, few, few):
+        write(said)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["results.1.json", "results.json", "scores.1.jsonl", "scores.jsonl"]
+    assert "300" in (tmp_path / "results.1.json").read_text() and "300" in (tmp_path / "scores.1.jsonl").read_text()
+    assert "kept as results.1.json and scores.1.jsonl" in capsys.readouterr().out
+    (tmp_path / "results.json").write_text("[]")
+    write(few)
+    assert (tmp_path / "results.2.json").read_text() == "[]" and "20" in (tmp_path / "results.json").read_text()
+
+
+def test_no_more_images_are_kept_and_sent_than_are_shown(model, tmp_path, monkeypatch):
+    """A slice would hold the whole batch: of 9000 images of 512 px, 50 GiB."""
+    pipe, schedule, _ = model
+    c, gathered = small_config(tmp_path, eval_count=11), []
+    c.out.mkdir()
+    monkeypatch.setattr(evaluate.parallel, "gather", lambda rows, processes: gathered.extend(rows) or rows)
+    _, asked, base, tuned = evaluate.score_run(c, pipe, schedule, evaluate.Options(c.out, scores=("oracle",), batch=5))
+    kept = [x for *_, images in gathered for x in images.values()]
+    assert [len(x) for x in kept] == [5, 5, 3, 3, 0, 0] and len(asked) == len(base) == len(tuned) == evaluate.KEPT
+    assert all(x.untyped_storage().nbytes() == x.numel() * x.element_size() for x in kept)

@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -252,6 +253,17 @@ def test_a_damaged_checkpoint_is_named(tmp_path, name, harm):
         train.main(replace(c, resume=True))
 
 
+def test_where_a_damaged_checkpoint_is_deleted_the_one_before_is_taken(tmp_path, straight):
+    c = small_config(tmp_path, **OPTIONS)
+    train.main(replace(c, steps=2))
+    (output.newest(c.out) / "state.pt").write_bytes(b"")
+    with pytest.raises(SystemExit, match="step-000002: not a whole checkpoint"):
+        train.main(replace(c, resume=True))
+    shutil.rmtree(output.newest(c.out))
+    train.main(replace(c, resume=True))
+    assert same(state_of(c.out), straight)
+
+
 def test_what_would_not_be_the_same_run_is_not_resumed(tmp_path):
     listed = tmp_path / "my prompts.txt"
     listed.write_text("a red ring\na blue cross\na white circle\n")
@@ -320,9 +332,23 @@ def spoil_replay(run, monkeypatch):
     monkeypatch.setattr(diffusion, "replay", replayed)
 
 
+def spoil_attention(run, monkeypatch):
+    plain = losses.token_loss
+    monkeypatch.setattr(losses, "token_loss", lambda *args: plain(*args) * float("nan"))
+
+
+def spoil_discriminator(run, monkeypatch):
+    plain = losses.discriminator_loss
+    monkeypatch.setattr(losses, "discriminator_loss", lambda *args: plain(*args) * float("nan"))
+
+
+BATCH = "the gradient of its batch is not finite"
+
+
 @pytest.mark.parametrize(("spoil", "why"), [
     (spoil_loss, "a loss or its gradient is not finite"), (spoil_latents, "the sampled latents are not finite"),
-    (spoil_images, "the VAE's image is not finite"), (spoil_replay, None)])
+    (spoil_images, "the VAE's image is not finite"), (spoil_replay, BATCH), (spoil_attention, BATCH),
+    (spoil_discriminator, BATCH)])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_named(run, monkeypatch, capsys, spoil, why):
     before, moments = weights(run), [dict(o.state) for o in (run.optimizer, run.discriminator_optimizer)]
     with monkeypatch.context() as patch:
@@ -330,18 +356,18 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_named(run, monkeypatch
         log = train.train_step(run)
     assert same(weights(run), before) and moments == [dict(o.state) for o in (run.optimizer, run.discriminator_optimizer)]
     assert log["skipped"] == 1 and run.skipped == 1
-    if why:
-        (prompt, said, fatal), = log["trouble"]
-        assert said.startswith(why) and fatal and prompt == train.prompt_lists.batch_of(run.prompts, 0, 2, 0)[1]
-        train.check_trouble(run, log)
-        assert prompt in capsys.readouterr().err
+    named = train.prompt_lists.batch_of(run.prompts, 0, 2, 0)[0 if why == BATCH else 1:]
+    assert [prompt for prompt, *_ in log["trouble"]] == named
+    assert all(said.startswith(why) and fatal for _, said, fatal in log["trouble"])
+    train.check_trouble(run, log)
+    assert all(prompt in said for said in [capsys.readouterr().err] for prompt in named)
     run.step += 1
     log = train.train_step(run)
     assert "skipped" not in log and run.skipped == 0 and not same(weights(run), before)
 
 
 def test_too_many_skipped_steps_end_the_run_and_keep_the_checkpoint(tmp_path, monkeypatch):
-    c = small_config(tmp_path, **{**OPTIONS, "steps": 9, "max_skips": 2, "caption_weight": 1.0})
+    c = small_config(tmp_path, **{**OPTIONS, "steps": 9, "max_skips": 3, "caption_weight": 1.0})
     plain = losses.caption_loss
     calls = []
     def loss(*args, **more):

@@ -178,20 +178,17 @@ train.main(c)
 # ---------------------------------------------------------------------------------------------------------------------
 # Disks and files
 
-def small_files_only(limit):
-    """After the first checkpoint no file may grow beyond `limit` bytes: to a program this looks like a full disk."""
-    return f"""
+def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path, straight):
+    """After the first checkpoint no file may grow beyond 20 kB: to a program this looks like a full disk."""
+    body = """
 plain = output.save_checkpoint
 def save(run):
-    if run.step == 2: resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+    if run.step == 2: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     plain(run)
 output.save_checkpoint = save
 train.main(c)
 """
-
-
-def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path, straight):
-    done = command(write_script(tmp_path, small_files_only(20_000), **OPTIONS))
+    done = command(write_script(tmp_path, body, **OPTIONS))
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
     said = done.stderr.strip().splitlines()[-1]
     assert "step-000002 cannot be written" in said and "step-000001 is intact" in said
@@ -200,12 +197,14 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path, straight):
     assert same(state_of(tmp_path / "run"), straight)
 
 
-def test_a_log_that_cannot_be_written_is_named(tmp_path):
-    body = "plain = train.train_step\ntrain.train_step = lambda run: [plain(run), resource.setrlimit(" \
-           "resource.RLIMIT_FSIZE, (10, 10))][0]\ntrain.main(c)"
-    done = command(write_script(tmp_path, body, **OPTIONS))
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
-    assert "log.jsonl: cannot be written (" in done.stderr.strip().splitlines()[-1]
+def test_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    class Log(output.Log):
+        def __init__(self, run):
+            super().__init__(run)
+            self.file = open("/dev/full", "w")
+    monkeypatch.setattr(output, "Log", Log)
+    with pytest.raises(SystemExit, match=r"^train.py: /dev/full: cannot be written \(No space left on device\); make room"):
+        train.main(small_config(tmp_path, **OPTIONS))
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
@@ -436,24 +435,50 @@ def start_ranks(script, processes=2):
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for i in range(processes)]
 
 
-def test_two_processes_are_one_with_the_double_batch(tmp_path, large):
+def ranks_of(folder, body, **changes):
+    """(stderr, exit code) of two processes that ran `body`."""
+    processes = start_ranks(write_script(folder, body, **{**OPTIONS, **changes}))
+    return [(p.communicate(timeout=200)[1][-2000:], p.returncode) for p in processes]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """A step that one of two processes spoils, and the same step again: what each logged, and its gradients."""
+    folder = tmp_path_factory.mktemp("two")
     body = """
 run = train.setup(c)
 randomise(run.parameters, 5)
 randomise(run.discriminator_parameters, 6)
-found = []
+start = [p.detach().clone() for p in run.parameters + run.discriminator_parameters]
+plain = losses.caption_loss
+losses.caption_loss = lambda *a: plain(*a) * (float("nan") if run.process == 1 else 1)
+skipped = train.train_step(run)
+assert all(torch.equal(a, b) for a, b in zip(start, run.parameters + run.discriminator_parameters))
+parallel.check_agreement(run)
+losses.caption_loss, found = plain, []
 for optimizer in (run.optimizer, run.discriminator_optimizer):
     optimizer.register_step_pre_hook(
         lambda o, *_: found.extend(p.grad.clone() for group in o.param_groups for p in group["params"]))
 train.train_step(run)
-torch.save(found, folder / f"rank{run.process}.pt")
+torch.save((skipped, found), folder / f"rank{run.process}.pt")
 parallel.leave(run.processes)
 """
-    ends = [p.communicate(timeout=200) + (p.returncode,) for p in start_ranks(write_script(tmp_path, body, **OPTIONS))]
-    assert [code for *_, code in ends] == [0, 0], ends[0][1][-2000:]
-    ranks = [torch.load(tmp_path / f"rank{i}.pt") for i in range(2)]
-    assert same(*ranks)
-    close(ranks[0], large[0])
+    ends = ranks_of(folder, body)
+    assert [code for _, code in ends] == [0, 0], ends
+    return [torch.load(folder / f"rank{i}.pt") for i in range(2)]
+
+
+def test_two_processes_are_one_with_the_double_batch(two_processes, large):
+    (_, first), (_, second) = two_processes
+    assert same(first, second)
+    close(first, large[0])
+
+
+def test_a_bad_number_in_one_process_skips_the_step_in_all(two_processes):
+    listed = train.prompt_lists.read(configuration.PRESETS["shapes"][1].prompts)
+    spoilt = train.prompt_lists.batch_of(listed, 0, 2, 0, process=1, processes=2)
+    for log, _ in two_processes:
+        assert log["skipped"] and log["trouble"] == [(p, "a loss or its gradient is not finite", True) for p in spoilt]
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", pytest.param("SIGSTOP", marks=slow)])
@@ -475,33 +500,23 @@ train.main(c)
     assert output.newest(tmp_path / "run").name == "step-000001"
 
 
-def test_a_bad_number_in_one_process_skips_the_step_in_all(tmp_path):
+def test_processes_that_disagree_are_stopped_at_the_start(tmp_path):
+    """They were given other learning rates and prompt files, and resume from other checkpoints."""
     body = """
-plain, before = losses.caption_loss, []
-run = train.setup(c)
-losses.caption_loss = lambda *a: plain(*a) * (float("nan") if run.process == 1 else 1)
-start = [p.detach().clone() for p in run.parameters + run.discriminator_parameters]
-log = train.train_step(run)
-assert all(torch.equal(a, b) for a, b in zip(start, run.parameters + run.discriminator_parameters))
-assert log["skipped"] and len(log["trouble"]) == 2 and log["trouble"][0][0] in run.prompts
-parallel.check_agreement(run)
-parallel.leave(run.processes)
+own, plain = int(os.environ["RANK"]), train.setup
+def setup(c):
+    run = plain(c)
+    run.step = own
+    return run
+train.setup, parallel.hash_of = setup, lambda path: f"file of {own}"
+c.lr *= 1 + own
+train.main(c)
 """
-    ends = [p.communicate(timeout=200) + (p.returncode,) for p in start_ranks(write_script(tmp_path, body, **OPTIONS))]
-    assert [code for *_, code in ends] == [0, 0], ends[0][1][-2000:] + ends[1][1][-2000:]
-
-
-@pytest.mark.parametrize(("change", "named"), [
-    ("c.lr *= 1 + int(os.environ['RANK'])", "--lr is 0.003 and 0.006"),
-    ("parallel.hash_of = lambda path: 'file of ' + os.environ['RANK']",
-     "the content of --prompts is file of 0 and file of 1"),
-    ("plain = train.setup\ndef setup(c):\n    run = plain(c)\n    run.step = run.process\n    return run\ntrain.setup = setup",
-     "the checkpoint to go on from is 0 and 1")])
-def test_processes_that_disagree_are_stopped_at_the_start(tmp_path, change, named):
-    ends = [p.communicate(timeout=200) + (p.returncode,)
-            for p in start_ranks(write_script(tmp_path, f"{change}\ntrain.main(c)", **OPTIONS))]
-    assert [code for *_, code in ends] == [1, 1], ends[0][1][-2000:] + ends[1][1][-2000:]
-    assert all(f"train.py: the processes do not agree: {named}" in said for _, said, _ in ends), ends[0][1][-2000:]
+    ends = ranks_of(tmp_path, body)
+    assert [code for _, code in ends] == [1, 1], ends
+    named = ("--lr is 0.003 and 0.006; the content of --prompts is file of 0 and file of 1; "
+             "the checkpoint to go on from is 0 and 1\n")
+    assert all(f"train.py: the processes do not agree: {named}" in said for said, _ in ends), ends
     assert not (tmp_path / "run").exists()
 
 
@@ -526,10 +541,8 @@ train.main(c)
 def test_other_processes_may_take_up_the_run(tmp_path, straight):
     """Two processes begin, one with two batches a step goes on: the same prompts, noise and steps, other rounding."""
     c = small_config(tmp_path, **{**OPTIONS, "batch": 1})
-    body = "train.main(c)"
-    ends = [p.communicate(timeout=200) + (p.returncode,)
-            for p in start_ranks(write_script(tmp_path, body, **{**OPTIONS, "batch": 1, "steps": 1}))]
-    assert [code for *_, code in ends] == [0, 0], ends[0][1][-2000:]
+    ends = ranks_of(tmp_path, "train.main(c)", batch=1, steps=1)
+    assert [code for _, code in ends] == [0, 0], ends
     train.main(replace(c, resume=True, accumulate=2))
     name, lora, _, _, logs = state_of(tmp_path / "run")
     assert name == straight[0]

@@ -209,17 +209,6 @@ def test_two_processes_take_the_mean_of_their_gradients(two_ranks, tmp_path, mon
             assert (a.sign() != mean.sign())[clear].any()
 
 
-def test_the_command_runs_on_two_processes(tmp_path):
-    out = tmp_path / "run"
-    done = command("train.py", "shapes", "--steps", 2, "--batch", 2, "--num-steps", 3, "--grad-steps", 1,
-                   "--eval-count", 2, "--rank", 4, "--out", out,
-                   modules=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("LoRA parameters") == 1 and "2 x 1 x 2 = 4 prompts" in done.stdout
-    assert [json.loads(line)["step"] for line in open(out / "log.jsonl")] == [0, 1]
-    assert (out / "results.json").exists() and (out / "checkpoints/latest/state.pt").exists()
-
-
 def test_two_machines_train_alike(tmp_path):
     """One torchrun each on the loopback, as README tells it for two machines; the command itself compares the weights."""
     with socket.socket() as probe:
@@ -227,7 +216,7 @@ def test_two_machines_train_alike(tmp_path):
         port = probe.getsockname()[1]
     flags = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d",
              "--rdzv_endpoint", f"127.0.0.1:{port}", "train.py", "shapes", "--steps", 3, "--batch", 2, "--num-steps", 3,
-             "--grad-steps", 1, "--rank", 4, "--checkpoint-every", 1, "--eval-prompts", "", "--out", tmp_path / "run",
+             "--grad-steps", 1, "--rank", 4, "--checkpoint-every", 1, "--eval-count", 2, "--out", tmp_path / "run",
              "--references", tmp_path / "references"]
     with ThreadPoolExecutor(2) as pool:
         done = list(pool.map(lambda _: command(*flags), range(2)))
@@ -236,6 +225,7 @@ def test_two_machines_train_alike(tmp_path):
     assert said.count("LoRA parameters") == 1 and "3 steps of 2 x 1 x 2 = 4 prompts" in said
     assert said.count("the processes hold equal weights") == 1
     assert [json.loads(line)["step"] for line in open(tmp_path / "run/log.jsonl")] == [0, 1, 2]
+    assert said.count("prompts, n = 2 ") == 1 and (tmp_path / "run/results.json").exists()
 
 
 def test_processes_that_drift_apart_are_stopped(tmp_path):

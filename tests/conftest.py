@@ -109,7 +109,7 @@ def command(*arguments, env=None, modules=(), timeout=300):
                           capture_output=True, text=True, timeout=timeout)
 
 
-SMALL_RUN = ("--batch", 2, "--num-steps", 4, "--grad-steps", 2, "--eval-count", 4, "--rank", 4, "--caption-copies", 2,
+SMALL_RUN = ("--batch", 2, "--num-steps", 4, "--grad-steps", 2, "--eval-count", 5, "--rank", 4, "--caption-copies", 2,
              "--sample-prompts", 2, "--sample-every", 1, "--checkpoint-every", 1, "--keep", 2)
 LOSS_FLAGS = ("--token-weight", 0.1, "--pixel-weight", 0.1, "--attention-steps", 1, "--adversarial-weight", 0.1)
 

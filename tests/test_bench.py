@@ -16,6 +16,7 @@ from transformers import BlipConfig, BlipForConditionalGeneration
 
 import bench
 import config
+import train
 
 SMALL = ["--device", "cpu", "--num-steps", 2, "--grad-steps", 1, "--batch", 1, "--rank", 2]
 
@@ -49,6 +50,13 @@ def test_stand_in_tokenizer_has_a_token_for_each_word():
     for prompt in bench.PROMPTS:
         ids = tokenizer(prompt).input_ids
         assert len(ids) == len(prompt.split()) + 2 and tokenizer.unk_token_id not in ids
+
+
+def test_no_prompt_of_a_step_comes_twice(small_sizes, tmp_path):
+    """Its reference latents would be there already, and their arithmetic not be counted."""
+    c = parse("sdxl", "--random-weights", *SMALL, "--batch", 6, "--accumulate", 8, "--token-weight", 0, "--pixel-weight", 0)
+    asked = train.prompt_lists.batch_of(bench.prepare(c, tmp_path).prompts, 0, c.batch * c.accumulate, c.seed)
+    assert len(set(asked)) == 48
 
 
 # ---------------------------------------------------------------------------------------------------------------------

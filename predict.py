@@ -157,16 +157,21 @@ def without_data(memory):
         yield
 
 
+def make_states(run):
+    """Makes the optimisers' states, as a first step would, by a step without gradient."""
+    for optimizer in filter(None, (run.optimizer, run.discriminator_optimizer)):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.zeros_like(p)
+        optimizer.step(), optimizer.zero_grad()
+
+
 def steps(c, batches):
     """{batch: {phase: {"tflop", "peak_gib"}}} of a training step whose optimisers have their states."""
     memory, found = Memory("meta"), {}
     with tempfile.TemporaryDirectory() as folder, without_data(memory), memory:
         run = bench.prepare(replace(c, random_weights=True, compile=False), Path(folder), META)
         run.phase = memory.phase
-        for optimizer in filter(None, (run.optimizer, run.discriminator_optimizer)):
-            for p in optimizer.param_groups[0]["params"]:
-                p.grad = torch.zeros_like(p)
-            optimizer.step(), optimizer.zero_grad()
+        make_states(run)
         for batch in batches:
             memory.phases = found[batch] = {}
             run.config = replace(run.config, batch=batch, references=Path(folder) / str(batch))

@@ -232,7 +232,7 @@ def test_memory_does_not_grow_with_the_trained_steps(small_sizes, monkeypatch, t
     with predict.without_data(memory), memory:
         run = bench.prepare(c, tmp_path, predict.META)
         run.phase = memory.phase
-        train.train_step(run)  # makes the optimisers' states
+        predict.make_states(run)
         for name, step, steps in (("ours, K = 1", train.train_step, 1), ("ours, K = 5", train.train_step, 5),
                                   ("ours, K = 10", train.train_step, 10), ("one graph, K = 5", one_graph_step, 5)):
             run.config, base, memory.phases = replace(run.config, grad_steps=steps), memory.live, {}

@@ -137,15 +137,14 @@ def small(small_sizes, monkeypatch, tmp_path):
     monkeypatch.setattr(masks, "DINO_SIDE", 96)
 
 
-def second_step(c):
-    """The phases of a step on the CPU, when a step before it has made the optimisers' states; without AdamW's step counters,
-    which are on the CPU whatever the device."""
+def real_step(c):
+    """The phases of a step on the CPU that finds the optimisers' states made; without AdamW's step counters, which are on the
+    CPU whatever the device."""
     with tempfile.TemporaryDirectory() as folder, predict.Memory("cpu") as memory:
         run = bench.prepare(replace(c, random_weights=True), Path(folder))
         run.phase = memory.phase
-        for i in range(2):
-            memory.phases, run.config = {}, replace(run.config, references=Path(folder) / str(i))
-            train.train_step(run)
+        predict.make_states(run)
+        train.train_step(run)
     counters = 512 * len(run.parameters + run.discriminator_parameters) / 2 ** 30
     return {name: {**p, "peak_gib": p["peak_gib"] - counters} for name, p in memory.phases.items()}
 
@@ -154,7 +153,7 @@ def second_step(c):
     ("sdxl", []), ("sd15", ["--checkpointing", "--merge", "--judge-batch", 2, "--token-weight", 0, "--pixel-weight", 0])])
 def test_prediction_is_what_a_step_takes(small, preset, options):
     c = parse(preset, *FLAGS, "--num-steps", 2, "--grad-steps", 1, *options)
-    predicted, real = predict.steps(c, [2])[2], second_step(c)
+    predicted, real = predict.steps(c, [2])[2], real_step(c)
     assert list(predicted) == list(real) and len(real) >= 7
     for name, figures in real.items():
         assert predicted[name]["tflop"] == pytest.approx(figures["tflop"], rel=1e-12), name

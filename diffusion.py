@@ -259,11 +259,12 @@ def text_encoders(pipe):
 def predict(pipe, z, timestep, embeddings, pooled=None):
     """The UNet's output (B, 4, h, w) in fp32 (fp64 stays) for latents z, with SDXL's size conditioning if it has one."""
     unet, added = pipe.unet, None
+    dtype = next(unet.parameters()).dtype  # unet.dtype looks through all modules, twice a pass: a tenth of the shapes world's
     if unet.config.addition_embed_type == "text_time":
         height, width = (n * pipe.vae_scale_factor for n in z.shape[-2:])
-        size = torch.tensor([height, width, 0, 0, height, width], device=z.device, dtype=unet.dtype)
+        size = torch.tensor([height, width, 0, 0, height, width], device=z.device, dtype=dtype)
         added = {"text_embeds": pooled, "time_ids": size.expand(len(z), -1)}
-    output = unet(z.to(unet.dtype), timestep, embeddings, added_cond_kwargs=added).sample
+    output = unet(z.to(dtype), timestep, embeddings, added_cond_kwargs=added).sample
     return output.to(torch.promote_types(output.dtype, torch.float32))
 
 

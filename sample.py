@@ -9,6 +9,7 @@
 The preset sdxl's base has 512 px and the UNet of hotshotco/SDXL-512. Writes to OUT/images (for a preset: out/NAME-images):
 grid.png, each image with its prompt, seed and models as PNG text, the figures.
 """
+import gc
 import sys
 from pathlib import Path
 
@@ -45,6 +46,7 @@ if __name__ == "__main__":
         return dict(locals())
 
     parsed = tyro.cli(arguments, description=__doc__)
+    gc.disable()  # what the imports make stays: a second of eleven
 
 import re  # noqa: E402
 from contextlib import ExitStack, contextmanager  # noqa: E402
@@ -383,6 +385,7 @@ def main(a):
 
 
 if __name__ == "__main__":
+    gc.enable()
     try:
         main(SimpleNamespace(**parsed))
     except (ValueError, OSError) as error:

@@ -78,7 +78,7 @@ def test_seeds_that_differ_widen_the_interval():
 
 def test_a_run_has_every_score_that_is_shown(trained):
     *models, seconds = ablation.read(trained[0])
-    assert seconds > 0 and all(len(rows) == 4 for rows in models)
+    assert seconds > 0 and all(len(rows) == 5 for rows in models)
     results = json.loads((trained[0] / "results.json").read_text())
     for rows, name in zip(models, ("base", "tuned")):
         assert set(ablation.SHOWN) == {"frechet_distance"} | set(ablation.SHOWN) & set(rows[0])

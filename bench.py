@@ -343,14 +343,14 @@ def prepare(c, folder, device=None):
 
 
 def main(c):
+    if c.repeat < 1 or not 0 < c.width <= 1:
+        raise ValueError(f"--repeat {c.repeat}, --width {c.width}: at least 1; above 0 and at most 1")
     if c.predict:
         import predict
         phases = predict.main(c)
         if c.json:
             Path(c.json).write_text(json.dumps({"config": vars(c), "phases": phases}, indent=2, default=str) + "\n")
         return
-    if c.repeat < 1 or not 0 < c.width <= 1:
-        raise ValueError(f"--repeat {c.repeat}, --width {c.width}: at least 1; above 0 and at most 1")
     before = train.peak_memory(diffusion.choose_device(c))
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()

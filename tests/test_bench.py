@@ -138,7 +138,7 @@ def test_the_shapes_preset_and_its_mistakes(monkeypatch):
         runpy.run_path(str(ROOT / "bench.py"), run_name="__main__")
 
 
-@pytest.mark.parametrize("flags", [("--repeat", 0), ("--width", 0)])
+@pytest.mark.parametrize("flags", [("--repeat", 0), ("--width", 0), ("--width", 0, "--predict")])
 def test_nothing_to_measure_is_named(flags):
     with pytest.raises(ValueError, match="^--repeat .* --width .*: at least 1"):
         bench.main(parse("shapes", *flags, *SMALL))

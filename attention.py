@@ -1,46 +1,57 @@
 """Capture of cross-attention maps, by module and by name, in one forward pass.
 
-Nothing is swapped and nothing slows down: two forward hooks keep a layer's queries and keys while SDPA computes its output as
-always, and the probabilities softmax(QK^T / sqrt(d)) are made from them afterwards, by whoever asks. Outside the context no
-hook exists. Layers are found by the name of their block, so any resolution and any UNet works.
+Nothing is swapped and nothing slows down: two forward hooks keep a layer's queries and keys while
+SDPA computes its output as always, and the probabilities softmax(QK^T / sqrt(d)) are made from them
+afterwards, by whoever asks. Outside the context no hook exists. Layers are found by the name of
+their block, so any resolution and any UNet works.
 """
+
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 
 def all_blocks(unet):
     """Names of the UNet's blocks that have cross-attention, sorted."""
-    return sorted({name.split(".attentions")[0] for name, _ in unet.named_modules() if name.endswith("attn2")})
+    layers = [name for name, _ in unet.named_modules() if name.endswith("attn2")]
+    return sorted({name.split(".attentions")[0] for name in layers})
 
 
 def cross_attention_layers(unet, blocks):
-    """The cross-attention modules of the named blocks ("mid_block", "up_blocks.0"), as {name: module}, in the UNet's order.
-
-    Raises ValueError if a block has none."""
-    layers = {name: module for name, module in unet.named_modules() if name.endswith("attn2")}
-    for block in blocks:
-        if not any(name.startswith(f"{block}.") for name in layers):
-            raise ValueError(f"--attention-blocks: {block!r} has no cross-attention; this UNet has it in "
-                             f"{', '.join(all_blocks(unet))}")
-    return {name: m for name, m in layers.items() if name.startswith(tuple(f"{block}." for block in blocks))}
+    """The cross-attention modules of the named blocks ("mid_block", "up_blocks.0") as
+    {name: module}, in the UNet's order. Raises ValueError if a block has none."""
+    missing = set(blocks) - set(all_blocks(unet))
+    if missing:
+        raise ValueError(
+            f"--attention-blocks: {min(missing)!r} has no cross-attention; this UNet has it in "
+            f"{', '.join(all_blocks(unet))}"
+        )
+    prefixes = tuple(f"{block}." for block in blocks)
+    modules = unet.named_modules()
+    return {n: m for n, m in modules if n.endswith("attn2") and n.startswith(prefixes)}
 
 
 def uncompiled():
-    """Within the context nothing is compiled: graphs of torch.compile do not notice hooks that came later (pytorch #117758)."""
+    """Within the context nothing is compiled: compiled graphs do not notice hooks that came later
+    (pytorch #117758)."""
     return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager
 def capture(unet, blocks):
-    """Within the context, every forward pass of `unet` refills the yielded dict {layer name: (query, key, heads, scale)}."""
+    """Within the context every forward pass of `unet` refills the yielded dict
+    {layer name: {"query", "key", "heads", "scale"}}."""
     captured, handles = {}, []
+
+    def keep(record, name, module, inputs, output):
+        record[name] = output
+
     for name, layer in cross_attention_layers(unet, blocks).items():
-        record = captured.setdefault(name, [None, None, layer.heads, layer.scale])
-        for slot, projection in enumerate((layer.to_q, layer.to_k)):
-            def keep(module, inputs, output, record=record, slot=slot):
-                record[slot] = output
-            handles.append(projection.register_forward_hook(keep))
+        record = captured[name] = {"heads": layer.heads, "scale": layer.scale}
+        handles.append(layer.to_q.register_forward_hook(partial(keep, record, "query")))
+        handles.append(layer.to_k.register_forward_hook(partial(keep, record, "key")))
     try:
         with uncompiled() if handles else nullcontext():
             yield captured
@@ -50,18 +61,42 @@ def capture(unet, blocks):
 
 
 def attention_maps(captured, batch, aspect=1.0):
-    """Per layer the attention probabilities (batch, heads, h, w, tokens) in fp32 of the last `batch` samples of the pass (with
-    guidance: the conditional half), normalised over all text tokens. `aspect` is the image's width / height."""
+    """Per layer the attention probabilities (batch, heads, h, w, tokens), fp32, of the last `batch`
+    samples of the pass (with guidance: the prompts, not the null prompt), normalised over all text
+    tokens. aspect: the image's width / height."""
     maps = []
-    for query, key, heads, scale in captured.values():
-        q, k = (x[-batch:].float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))  # (b, heads, n, d)
-        probabilities = (q @ k.transpose(-1, -2) * scale).softmax(-1)
-        height = round((q.shape[2] / aspect) ** 0.5)
+    for layer in captured.values():
+        query, key = (split_heads(layer[x][-batch:], layer["heads"]) for x in ("query", "key"))
+        probabilities = (query @ key.transpose(-1, -2) * layer["scale"]).softmax(-1)
+        height = round((query.shape[2] / aspect) ** 0.5)
         maps.append(probabilities.unflatten(2, (height, -1)))
     return maps
 
 
+def split_heads(x, heads):
+    """(B, n, heads * d) -> (B, heads, n, d), fp32."""
+    return x.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
 @torch.no_grad()
 def token_activation(maps):
-    """Mean cross-attention per token over space, heads and layers: (batch, tokens). Sums to 1 over the tokens."""
+    """Mean cross-attention per token over space, heads and layers: (B, tokens), of sum 1."""
     return torch.stack([m.mean((1, 2, 3)) for m in maps]).mean(0)
+
+
+def entity_activation(activations, entities):
+    """Mean activation of the tokens of a prompt's entities, nouns and attributes alike: (B,), NaN
+    where a prompt has none. activations: (B, tokens); entities: per prompt a list of Entity."""
+    means = []
+    for row, own in zip(activations.cpu(), entities):
+        tokens = [token for entity in own for token in entity.tokens]
+        means.append(row[tokens].mean())
+    return torch.stack(means)
+
+
+def share_inside(attention, mask):
+    """The share of a map (h, w) that falls into a mask (H, W); NaN if the mask is empty."""
+    if not mask.any():
+        return float("nan")
+    fine = F.interpolate(attention[None, None].float(), mask.shape, mode="bilinear")[0, 0]
+    return ((fine * mask).sum() / fine.sum()).item()

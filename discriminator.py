@@ -1,63 +1,101 @@
-"""The discriminator: the frozen UNet with an adapter of its own and a small head, on latents (section 3.4).
+"""The discriminator: the frozen UNet with an adapter of its own and a small head, on latents
+(section 3.4). It shares the base weights with the model it judges."""
 
-It shares the base weights with the model it judges: the adapter `discriminator` is switched on for its passes only.
-"""
 from hashlib import sha256
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 
-import config as configuration
 import diffusion
+import losses
+from utils import write
 
 ADAPTER = "discriminator"
+FILE = "discriminator.safetensors"
 
 
 class Head(nn.Module):
-    """UNet output (B, 4, h, w) -> logits (B, 1, h, w). Its last layer starts at zero: before it has learned anything, the
-    discriminator has no opinion and so gives the generator no gradient, rather than a random one."""
+    """UNet output (B, 4, h, w) -> logits (B, 1, h, w). Its last layer starts at zero: before it has
+    learned anything, the discriminator has no opinion and gives the generator no gradient."""
 
     def __init__(self, channels=4, width=64):
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, 1, 1))
-        nn.init.zeros_(self.layers[-1].weight)
-        nn.init.zeros_(self.layers[-1].bias)
+        inner, outer = nn.Conv2d(channels, width, 3, padding=1), nn.Conv2d(width, 1, 1)
+        self.layers = nn.Sequential(inner, nn.SiLU(), outer)
+        nn.init.zeros_(outer.weight)
+        nn.init.zeros_(outer.bias)
 
     def forward(self, x):
         return self.layers(x.float())
 
 
-def logits(pipe, head, latents, timestep, empty):
-    """One logit per latent pixel, (B, 1, h, w): positive where the latents (B, 4, h, w) look like the original model's.
+class Discriminator:
+    """Tells the original model's latents from the online model's. It judges the picture and not the
+    prompt: at the sampler's least noisy timestep, with the null prompt (an Embedding)."""
 
-    timestep: the least noisy of the sampler; empty: the Text of the empty prompt (it judges the picture, not the prompt)."""
-    with diffusion.adapter(pipe.unet, ADAPTER):
-        return head(diffusion.predict(pipe, latents, timestep, *empty.expand(len(latents)).unconditional))
+    def __init__(self, pipe, plan, null, rank):
+        self.pipe, self.timestep, self.null = pipe, plan.steps[-1].t, null
+        self.head = Head(pipe.unet.config.out_channels).to(pipe.unet.device)
+        # SDXL's null prompt is a zero embedding, on which cross-attention adds nothing
+        attends = not pipe.config.get("force_zeros_for_empty_prompt")
+        adapter = diffusion.add_adapter(pipe.unet, ADAPTER, rank, cross_attention=attends)
+        self.parameters = [*adapter, *self.head.parameters()]
 
+    def active(self):
+        """Around its passes, forwards and backwards: the UNet runs with its adapter."""
+        return diffusion.adapter(self.pipe.unet, ADAPTER)
 
-def add_adapter(pipe, rank):
-    """The discriminator's adapter; returns its parameters. SDXL's empty prompt is a zero embedding, on which cross-attention
-    adds nothing: there it gets none, for half of the adapter would never see a gradient."""
-    return diffusion.add_adapter(pipe.unet, ADAPTER, rank, not pipe.config.get("force_zeros_for_empty_prompt"))
+    def logits(self, latents):
+        """One logit per latent pixel, (B, 1, h, w): positive where the latents (B, 4, h, w) look
+        like the original model's."""
+        null = self.null.expand(len(latents))
+        return self.head(diffusion.predict(self.pipe, latents, self.timestep, null))
+
+    def generator_loss(self, z, images=None, prompts=None):
+        """The online model's side: how well its latents (B, 4, h, w) pass for real ones."""
+        return losses.generator_loss(self.logits(z))
+
+    def save(self, folder):
+        adapter = get_peft_model_state_dict(self.pipe.unet, adapter_name=ADAPTER)
+        tensors = {f"unet.{k}": v.contiguous() for k, v in adapter.items()}
+        tensors |= {f"head.{k}": v for k, v in self.head.state_dict().items()}
+        save_file(tensors, folder / FILE)
+
+    def load(self, folder):
+        tensors = load_file(folder / FILE)
+        adapter = {k.removeprefix("unet."): v for k, v in tensors.items() if k.startswith("unet.")}
+        head = {k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")}
+        set_peft_model_state_dict(self.pipe.unet, adapter, ADAPTER)
+        self.head.load_state_dict(head)
 
 
 def reference_latents(pipe, plan, config, prompts):
-    """z_T of the original model for each prompt (B, 4, h, w), the real examples: from a seed of the prompt's own, made once and
-    kept in config.references, one safetensors file a prompt in a folder a recipe."""
-    c = config
-    fingerprint = [w.weight.double().sum().item() for w in (pipe.unet.conv_in, pipe.unet.conv_out)]  # retrained: made anew
-    recipe = (*fingerprint, c.model, c.unet, c.revision, c.resolution, c.scheduler, c.num_steps, c.guidance_scale, c.dtype)
-    folder = Path(c.references) / sha256(repr(recipe).encode()).hexdigest()[:16]
-    names = {p: sha256(p.encode()).hexdigest()[:16] for p in prompts}
-    missing = {p for p, name in names.items() if not (folder / f"{name}.safetensors").exists()}
-    if missing:  # all are drawn: an image's last digits depend on its batch, and after a crash they have to be the same
+    """z_T of the original model for each prompt (B, 4, h, w), the real examples: from a seed of the
+    prompt's own, made once and kept in config.references, one safetensors file a prompt."""
+    folder = Path(config.references) / recipe_hash(pipe, config)
+    names = {prompt: sha256(prompt.encode()).hexdigest()[:16] for prompt in prompts}
+    files = {prompt: folder / f"{name}.safetensors" for prompt, name in names.items()}
+    missing = [prompt for prompt, file in files.items() if not file.exists()]
+    if missing:  # all are drawn: an image's last digits depend on its batch
         generators = [torch.Generator().manual_seed(int(name[:14], 16)) for name in names.values()]
-        noise = diffusion.initial_noise(pipe, (c.resolution, c.resolution), generators)
+        size = (config.resolution, config.resolution)
+        noise = diffusion.initial_noise(pipe, size, generators)
+        text = diffusion.encode(pipe, list(names))
         with diffusion.adapter(pipe.unet, None):
-            z, _ = diffusion.sample(pipe, plan, diffusion.encode(pipe, names), noise, generators, c.guidance_scale)
-        for p, latent in zip(names, z):
-            if p in missing:
-                configuration.write(folder / f"{names[p]}.safetensors", save({"z": latent.cpu().contiguous()}))
-    return torch.stack([load_file(folder / f"{names[p]}.safetensors")["z"] for p in prompts]).to(pipe.unet.device)
+            z, _ = diffusion.sample(pipe, plan, text, noise, generators, config.guidance_scale)
+        drawn = dict(zip(names, z))
+        for prompt in missing:
+            write(files[prompt], save({"z": drawn[prompt].cpu().contiguous()}))
+    latents = [load_file(files[prompt])["z"] for prompt in prompts]
+    return torch.stack(latents).to(pipe.unet.device)
+
+
+def recipe_hash(pipe, config):
+    """A name for all that the original model's latents depend on, its weights included."""
+    weights = [m.weight.double().sum().item() for m in (pipe.unet.conv_in, pipe.unet.conv_out)]
+    fields = "model unet revision resolution scheduler num_steps guidance_scale dtype".split()
+    recipe = *weights, *(getattr(config, field) for field in fields)
+    return sha256(repr(recipe).encode()).hexdigest()[:16]

@@ -7,6 +7,7 @@
 The list is the official one of 20k prompts (CaraJ7/CoMat). It holds prompts of T2I-CompBench's validation lists, on which
 models are compared, so every prompt of those is left out, and of equal prompts all but the first.
 """
+
 import http.client
 import io
 import json
@@ -48,6 +49,7 @@ HELD = 1 << 24  # bytes: a list up to this size is held in memory, a longer one 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
+
 def read(path):
     """The prompts of a list, stripped, without the empty ones: a sequence of str. A prompt that is there twice comes twice.
 
@@ -57,7 +59,9 @@ def read(path):
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # who opens a pipe may wait for ever
-            raise ValueError(f"{path}: a folder, pipe or device; a file with one prompt a line is expected")
+            raise ValueError(
+                f"{path}: a folder, pipe or device; a file with one prompt a line is expected"
+            )
         return Prompts(path)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
@@ -73,14 +77,18 @@ class Prompts(Sequence):
             with self.file as file:
                 self.file = io.BytesIO(file.read())
         self.written = self._written()
-        self.starts = array("Q", (start for start, prompt in scan(self.file, path) if prompt))  # in bytes
+        self.starts = array(
+            "Q", (start for start, prompt in scan(self.file, path) if prompt)
+        )  # in bytes
         if not self.starts:
             raise ValueError(f"{path}: no prompts in it; one prompt a line is expected")
         self.starts.append(self.file.tell())
 
     def _written(self):
         """When the file was written last; None if it is held in memory."""
-        return None if isinstance(self.file, io.BytesIO) else os.fstat(self.file.fileno()).st_mtime_ns
+        return (
+            None if isinstance(self.file, io.BytesIO) else os.fstat(self.file.fileno()).st_mtime_ns
+        )
 
     def __len__(self):
         return len(self.starts) - 1
@@ -91,7 +99,9 @@ class Prompts(Sequence):
 
     def _prompt(self, i):
         if self._written() != self.written:
-            raise OSError(f"{self.path}: was written to while it was in use; go on with --resume if it holds the same again")
+            raise OSError(
+                f"{self.path}: was written to while it was in use; go on with --resume if it holds the same again"
+            )
         self.file.seek(self.starts[i])
         _, prompt = next(scan([self.file.readline(self.starts[i + 1] - self.starts[i])], self.path))
         return prompt
@@ -119,11 +129,15 @@ def lines_of(data, path):
 
 def text_of(line, path, number):
     if b"\0" in line or line[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise ValueError(f"{path}: UTF-16 or no text at all, UTF-8 is expected; convert it: iconv -f UTF-16 -t UTF-8")
+        raise ValueError(
+            f"{path}: UTF-16 or no text at all, UTF-8 is expected; convert it: iconv -f UTF-16 -t UTF-8"
+        )
     try:
         return line.decode().removeprefix("\ufeff").strip()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (line {number}); convert it, for example with iconv") from error
+        raise ValueError(
+            f"{path}: not UTF-8 text (line {number}); convert it, for example with iconv"
+        ) from error
 
 
 def json_prompt(line, where):
@@ -146,6 +160,7 @@ def check_text(prompt, where):
 # ---------------------------------------------------------------------------------------------------------------------
 # Fetching and cleaning
 
+
 def normalise(prompt):
     """What two prompts share that differ only in case, Unicode form, white space, quotes around them or stops at their end."""
     text = " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
@@ -162,16 +177,24 @@ def clean(lines, validation):
     prompts, first = [line for line in lines if line], {}
     for prompt in prompts:
         first.setdefault(normalise(prompt), prompt)
-    found = {name: {normalise(p) for p in listed} & first.keys() for name, listed in validation.items()}
+    found = {
+        name: {normalise(p) for p in listed} & first.keys() for name, listed in validation.items()
+    }
     leaks = set().union(*found.values())
     kept = [prompt for key, prompt in first.items() if key not in leaks]
-    why = {"empty": len(lines) - len(prompts), "repeats": len(prompts) - len(first), "leaks": len(leaks)}
+    why = {
+        "empty": len(lines) - len(prompts),
+        "repeats": len(prompts) - len(first),
+        "leaks": len(leaks),
+    }
     return kept, why, {name: len(keys) for name, keys in found.items()}
 
 
 def check_hash(data, name):
     if sha256(data).hexdigest() != TRAIN_SHA256:
-        raise ValueError(f"{name}: a wrong file, its sha256 is {sha256(data).hexdigest()} and not {TRAIN_SHA256}")
+        raise ValueError(
+            f"{name}: a wrong file, its sha256 is {sha256(data).hexdigest()} and not {TRAIN_SHA256}"
+        )
 
 
 def check_length(data, name):
@@ -195,7 +218,9 @@ def download(address, path, check):
             data = answer.read()
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        raise ValueError(f"cannot fetch {address} ({reason}); place the file by hand at {path}") from error
+        raise ValueError(
+            f"cannot fetch {address} ({reason}); place the file by hand at {path}"
+        ) from error
     check(data, address)
     configuration.write(path, data)
     return lines_of(data, path)
@@ -216,13 +241,16 @@ def fetch(folder="data", source=SOURCE):
     kept, why, found = clean(lines, validation)
     configuration.write(folder / "train.txt", "".join(f"{prompt}\n" for prompt in kept).encode())
     listed = ", ".join(f"{count} of {name}" for name, count in found.items())
-    print(f"{len(lines):6} lines in {folder / Path(TRAIN).name}\n{-why['empty']:6} empty\n{-why['repeats']:6} repeat another\n"
-          f"{-why['leaks']:6} are in T2I-CompBench's validation lists: {listed}\n{len(kept):6} kept in {folder / 'train.txt'}")
+    print(
+        f"{len(lines):6} lines in {folder / Path(TRAIN).name}\n{-why['empty']:6} empty\n{-why['repeats']:6} repeat another\n"
+        f"{-why['leaks']:6} are in T2I-CompBench's validation lists: {listed}\n{len(kept):6} kept in {folder / 'train.txt'}"
+    )
     return folder / "train.txt"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Who sees what
+
 
 @lru_cache(maxsize=2)  # a step may reach into the next epoch
 def order_of(count, seed, epoch):

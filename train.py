@@ -1,251 +1,294 @@
 """Fine-tunes a text-to-image model with CoMat (arXiv 2404.03653) on prompts alone.
 
-    python train.py shapes                                the embedded world, minutes on a laptop's CPU
-    torchrun --nproc_per_node 8 train.py                  SDXL, the paper's recipe, eight GPUs
-    torchrun --nproc_per_node 8 train.py sd15             Stable Diffusion 1.5
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py     on each of two machines
-    python train.py shapes --out out/a --steps 40         any field of the configuration is a flag; --help lists them
+    python train.py shapes                      the embedded world, minutes on a laptop's CPU
+    torchrun --nproc_per_node 8 train.py        SDXL, the paper's recipe, eight GPUs
+    torchrun --nproc_per_node 8 train.py sd15   Stable Diffusion 1.5
+    python train.py shapes --out out/a --steps 40     every field of the configuration is a flag
 
-Writes to --out: config.json, log.jsonl, TensorBoard events, samples/, checkpoints/ (LoRA in diffusers' format), results.json.
+On each of two machines:
+
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py
+
+Writes to --out: config.json, log.jsonl, TensorBoard events, samples/, and checkpoints/ (the LoRA in
+diffusers' format). `python evaluate.py OUT` scores it.
 """
+
 import config as configuration
 
 if __name__ == "__main__":
-    parsed = configuration.parse()  # before the heavy imports: --help answers at once
+    config = configuration.parse()  # before the heavy imports: --help answers at once
 
-import contextlib  # noqa: E402
-import math  # noqa: E402
-import random  # noqa: E402
-import sys  # noqa: E402
-import time  # noqa: E402
-from hashlib import sha256  # noqa: E402
+import math
+import os
+import random
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from tqdm import tqdm
 
-import attention  # noqa: E402
-import diffusion  # noqa: E402
-import discriminator  # noqa: E402
-import losses  # noqa: E402
-import masks  # noqa: E402
-import output  # noqa: E402
-import parallel  # noqa: E402
-import prompts as prompt_lists  # noqa: E402
-import sample  # noqa: E402
-from build import announce, peak_memory, setup  # noqa: E402
+import attention
+import diffusion
+import images as pictures
+import losses
+import masks
+import models
+import prompts as prompt_lists
+import rewards
+import utils
+from discriminator import Discriminator, reference_latents
+from entities import find_entities, load_parser, repeated_nouns
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ==================================================================================================
 # One training step
 
+
 def train_step(run):
-    """One optimiser step on `accumulate` batches; returns the numbers to log. Neither optimiser steps if a gradient is not
-    finite: then "trouble" names the prompts, of all processes, and why."""
-    c, trouble = run.config, []
-    logs = parallel.gather([add_gradients(run, part, trouble) for part in range(c.accumulate)], run.processes)
-    log = {key: sum(values) / len(values) for key in dict.fromkeys(key for row in logs for key in row)
-           if (values := [row[key] for row in logs if key in row])}
-    log["lr"] = run.optimizer.param_groups[0]["lr"] = learning_rate(c, run.step)
-    log.update(update(run))  # 5. the LoRA's step and the discriminator's
-    run.skipped = run.skipped + 1 if "skipped" in log else 0
-    if run.skipped:
-        trouble = parallel.gather(trouble, run.processes)
-    return {**log, "trouble": trouble} if trouble else log
+    """One optimiser step. Returns (numbers to log, Troubles), equal on all ranks."""
+    results = []
+    for part in range(run.config.accumulate):
+        results.append(add_gradients(run, part))
+        if is_fatal(results[-1].troubles):
+            break
+    results = utils.gather(results, run.world_size)  # so that all ranks step, or none
+    troubles = [trouble for result in results for trouble in result.troubles]
+    log = mean_of([result.log for result in results])
+    log |= update(run, skip=is_fatal(troubles))
+    return log, troubles
 
 
-def add_gradients(run, part, trouble):
-    """Adds the gradients of one batch, this process's part-th of the step, to .grad; returns the numbers to log. If
-    images or gradients are not finite it says so in `trouble` and leaves a gradient that is not finite."""
+def add_gradients(run, part):
+    """Adds the gradients of this rank's part-th batch of the step to .grad."""
     c, pipe, plan = run.config, run.pipe, run.plan
     trained, attended = choose_steps(c, run.step)
-    place = run.process * c.accumulate + part  # noise belongs to a prompt's place in the step, whoever computes it
-    prompts = prompt_lists.batch_of(run.prompts, run.step, c.batch, c.seed, place, run.processes * c.accumulate)
-    generators = [torch.Generator().manual_seed(seed_of(c.seed, "noise", run.step, 0, place * c.batch + i))
-                  for i in range(c.batch)]
+    prompts, generators = deal(run, part)
 
-    with run.phase("sample"):  # 1. T steps with the online model, no gradient; keep the inputs of the trained ones
-        text = diffusion.encode(pipe, prompts, run.empty)
+    # 1. Sample: T steps with the online model, without gradient; keep the trained steps' inputs
+    with run.phase("sample"):
+        text = diffusion.encode(pipe, prompts)
         noise = diffusion.initial_noise(pipe, (c.resolution, c.resolution), generators)
-        with (diffusion.merged if c.merge else diffusion.adapter)(pipe.unet, diffusion.ADAPTER):
-            z, states = diffusion.sample(pipe, plan, text, noise, generators, c.guidance_scale, keep=trained)
+        online = diffusion.merged if c.merge else diffusion.adapter
+        with online(pipe.unet, diffusion.ADAPTER):
+            z, states = diffusion.sample(
+                pipe, plan, text, noise, generators, c.guidance_scale, keep=trained
+            )
 
-    with run.phase("judge"):  # 2. dL/dz_T of caption and adversarial loss; masks from the same image
-        gradients, images, log = judge(run, z, prompts, generators[0])
-    found = troubles(prompts, z, images, gradients)
-    trouble += found
-    if any(fatal for *_, fatal in found):
-        run.parameters[0].grad = torch.full_like(run.parameters[0], math.nan)
-        return log
-    with run.phase("masks"):
-        attention_loss = attention_loss_of(run, prompts, images, len(attended), log)
+    # 2. Judge: rewards on the image and the discriminator on z_T, each with its own dL/dz_T
+    with run.phase("judge"), run.discriminator_active():
+        images, gradients, log = judge(run, z, prompts)
+    troubles = find_troubles(prompts, z, images, gradients)
+    if is_fatal(troubles):
+        return Result(log, troubles)
 
-    with run.phase("replay"):  # 3. the gradient through each trained step alone, attention losses on some of them
-        def replay(gradient, attention_loss, steps=trained):
-            diffusion.replay(pipe, plan, text, {i: states[i] for i in steps}, gradient, c.guidance_scale,
-                             attended if attention_loss else (), c.attention_blocks, attention_loss, c.through_inputs)
-        with diffusion.adapter(pipe.unet, diffusion.ADAPTER):
-            replay(sum(gradients.values(), torch.zeros_like(z)), attention_loss)
-            if c.terms_every and run.step % c.terms_every == 0:
-                log = {**log, **norms_of_terms(run, replay, gradients, attention_loss, torch.zeros_like(z),
-                                                trained if c.through_inputs else attended)}  # which adds to the old log, again
-    if run.head:  # 4. the discriminator's own gradient
-        log.update(discriminate(run, z, prompts))
-    if not any(fatal for *_, fatal in trouble) and not finite_gradient(run):
-        trouble += [(prompt, "the gradient of its batch is not finite", True) for prompt in prompts]
-    return log
+    # 3. Masks: where each noun is in the image
+    attention_loss = None
+    if run.segmenter:
+        with run.phase("masks"):
+            attention_loss, counts = attention_loss_of(run, images, prompts, attended)
+        log |= counts
 
+    # 4. Replay: the gradient through each trained step alone, attention losses on some of them
+    with run.phase("replay"), diffusion.adapter(pipe.unet, diffusion.ADAPTER):
+        dz = sum(gradients.values(), torch.zeros_like(z))
+        logs = diffusion.replay(
+            pipe, plan, text, states, dz, c.guidance_scale, attention_loss, c.through_inputs
+        )
+    log |= mean_of(logs)
 
-def finite_gradient(run):
-    """Whether this process's gradients are finite so far."""
-    gradients = [p.grad for p in run.parameters + run.discriminator_parameters if p.grad is not None]
-    return math.isfinite(torch.nn.utils.get_total_norm(gradients))
+    # 5. Discriminator: the original model's latents are real, the online model's fake
+    if run.discriminator:
+        with run.phase("references"):
+            real = reference_latents(pipe, plan, c, prompts)
+        with run.phase("discriminator"):
+            log |= discriminate(run, real, fake=z)
 
-
-def choose_steps(config, step):
-    """The K trained steps, evenly spaced from a random start, and the attention steps among them; equal on all processes."""
-    rng = random.Random(seed_of(config.seed, "steps", step))
-    interval = config.num_steps // config.grad_steps
-    start = rng.randrange(config.num_steps - interval * (config.grad_steps - 1))
-    trained = [start + k * interval for k in range(config.grad_steps)]
-    wanted = config.token_weight or config.pixel_weight
-    return trained, rng.sample(trained, min(config.attention_steps, config.grad_steps)) if wanted else []
+    if not has_finite_gradient(run):
+        reason = "the gradient of its batch is not finite"
+        troubles = [Trouble(prompt, reason, fatal=True) for prompt in prompts]
+    return Result(log, troubles)
 
 
-def judge(run, z, prompts, generator):
-    """{loss: its dL/dz_T} of the caption and the adversarial loss, the decoded images without gradient, the numbers to log.
-    judge_batch images at a time have a graph of their own."""
-    c, log, images = run.config, {}, []
-    gradients = {name: torch.zeros_like(z) for name, model in (("caption", run.captioner), ("adversarial", run.head)) if model}
-
-    def take(name, loss, leaf, part):
-        share = len(leaf) / len(z)  # losses are means over images
-        gradients[name][part] = share * getattr(c, f"{name}_weight") * torch.autograd.grad(loss, leaf)[0]
-        log[f"loss_{name}"] = log.get(f"loss_{name}", 0.0) + share * loss.item()
-    with diffusion.visiting(z.device, run.pipe.vae, run.captioner):
-        for i in range(0, len(z), c.judge_batch):
-            part = slice(i, i + c.judge_batch)
-            leaf = z[part].detach().requires_grad_()
-            if run.captioner:
-                decoded = diffusion.decode(run.pipe, leaf)
-                copies = losses.shifted_copies(decoded, c.caption_copies, c.caption_shift, generator)
-                loss = losses.caption_loss(run.captioner, run.tokenizer, copies, prompts[part] * c.caption_copies,
-                                           c.caption_prefix, c.caption_reduction, c.label_smoothing)
-                take("caption", loss.mean(), leaf, part)
-                images.append(decoded.detach())
-            elif run.segmenter:
-                with torch.no_grad():
-                    images.append(diffusion.decode(run.pipe, leaf))
-            if run.head:
-                with diffusion.adapter(run.pipe.unet, discriminator.ADAPTER):  # also while checkpointing runs blocks again
-                    verdict = discriminator.logits(run.pipe, run.head, leaf, run.plan.timesteps[-1], run.empty)
-                    take("adversarial", losses.generator_loss(verdict), leaf, part)
-    if run.head and c.adversarial_cap:
-        pull = gradients["adversarial"]
-        pull *= (c.adversarial_cap * gradients["caption"].norm() / pull.norm().clamp(min=1e-20)).clamp(max=1)
-    return gradients, torch.cat(images) if images else None, log
-
-
-def norms_of_terms(run, replay, gradients, attention_loss, nothing, attended):
-    """Who pulls how hard: the norm of the gradient that each loss alone gives the LoRA, of one batch. It costs a replay per
-    loss and leaves .grad as it was."""
-    terms = {name: (gradient, None) for name, gradient in gradients.items()}
-    if attention_loss:
-        terms["attention"] = nothing, attention_loss, attended
-    kept, norms = [p.grad for p in run.parameters], {}
-    for name, term in terms.items():
-        for p in run.parameters:
-            p.grad = None
-        replay(*term)
-        norms[f"gradient_norm_{name}"] = torch.nn.utils.get_total_norm([p.grad for p in run.parameters]).item()
-    for p, gradient in zip(run.parameters, kept):
-        p.grad = gradient
-    return norms
-
-
-def attention_loss_of(run, prompts, images, times, log):
-    """A function of the captured attention maps: the weighted token and pixel losses against the entities' masks. It will be
-    called `times` times in the step; the log gets the mean."""
+def update(run, skip):
+    """6. Update: averages the gradients over batches and ranks, clips, and lets both optimisers
+    step, or neither: not if told to skip, or if a norm is not finite. Returns numbers to log."""
     c = run.config
-    if not run.segmenter:
-        return None
-    entities = [masks.find_entities(p, run.parser, run.pipe.tokenizer) for p in prompts]
-    with diffusion.visiting(images.device, run.segmenter):
-        found = run.segmenter.masks(images, [[e.noun for e in row] for row in entities])
-    log["entities"] = sum(len(row) for row in entities)
-    log["repeated_nouns"] = sum(len(masks.repeated_nouns(p, run.parser, run.pipe.tokenizer)) for p in prompts)
-
-    def attention_loss(maps):
-        total, each = 0.0, list(zip(*(m.unbind() for m in maps)))  # m[b] of a batch would cost batch x batch, backwards
-        activation = sample.entity_activation(attention.token_activation(maps), entities).nanmean().item()
-        if not math.isnan(activation):  # no prompt has an entity
-            log["entity_activation_percent"] = log.get("entity_activation_percent", 0.0) + 100 * activation / times
-        for name, weight in (("token", c.token_weight), ("pixel", c.pixel_weight)):
-            if weight:
-                formula = losses.token_loss if name == "token" else losses.pixel_loss
-                loss = sum(formula(own, [e.tokens for e in row], mask, c.attention_reduction)
-                           for own, row, mask in zip(each, entities, found, strict=True)) / len(prompts)
-                log[f"loss_{name}"] = log.get(f"loss_{name}", 0.0) + loss.item() / times
-                total = total + weight * loss
-        return total
-    return attention_loss
+    lr = learning_rate(c, run.step)
+    run.optimizer.param_groups[0]["lr"] = lr
+    log = {"lr": lr}
+    if not skip:
+        with run.phase("all_reduce"):
+            log["gradient_norm"] = average_and_clip(run, run.parameters, c.clip_norm)
+            if run.discriminator:
+                log["discriminator_gradient_norm"] = average_and_clip(
+                    run, run.discriminator.parameters, c.clip_norm_discriminator
+                )
+        skip = not all(map(math.isfinite, log.values()))
+    with run.phase("optimiser"):
+        for optimizer in run.optimizers():
+            if not skip:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return log | ({"skipped": 1} if skip else {})
 
 
-def troubles(prompts, z, images, gradients):
-    """[(prompt, why, whether it spoils the gradient)] for what cannot be learned from."""
-    found = []
+# ==================================================================================================
+# Parts of the step
+
+
+class Trouble(NamedTuple):
+    """What is wrong with a prompt's sample; fatal: the step is skipped."""
+
+    prompt: str
+    reason: str
+    fatal: bool
+
+
+class Result(NamedTuple):
+    """What one batch gives: numbers to log, a list of Troubles."""
+
+    log: dict
+    troubles: list
+
+
+def is_fatal(troubles):
+    return any(trouble.fatal for trouble in troubles)
+
+
+def choose_steps(c, step):
+    """The K trained steps, evenly spaced from a random start, and the attention steps among them,
+    drawn without replacement; equal on all ranks."""
+    rng = random.Random(utils.seed_of(c.seed, "steps", step))
+    interval = c.num_steps // c.grad_steps
+    start = rng.randrange(c.num_steps - interval * (c.grad_steps - 1))
+    trained = [start + k * interval for k in range(c.grad_steps)]
+    return trained, rng.sample(trained, min(c.attention_steps, c.grad_steps))
+
+
+def deal(run, part):
+    """The prompts of this rank's part-th batch, and a generator for each: noise belongs to a
+    prompt's place in the step, whichever rank computes it."""
+    c = run.config
+    place = run.rank * c.accumulate + part
+    places = run.world_size * c.accumulate
+    prompts = prompt_lists.batch_of(run.prompts, run.step, c.batch, c.seed, place, places)
+    first = place * c.batch
+    seeds = [utils.seed_of(c.seed, "noise", run.step, 0, first + i) for i in range(c.batch)]
+    return prompts, [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def judge(run, z, prompts):
+    """(images without gradient, {term: its weighted dL/dz_T (B, 4, h, w)}, numbers to log). Losses
+    are means over the batch; judge_batch images at a time share a graph."""
+    c, log, images = run.config, {}, []
+    gradients = {name: torch.zeros_like(z) for name in run.terms}
+    for start in range(0, len(z), c.judge_batch):
+        part = slice(start, start + c.judge_batch)
+        leaf = z[part].detach().requires_grad_()
+        image = None
+        if run.rewards or run.segmenter:
+            with torch.set_grad_enabled(bool(run.rewards)):
+                image = diffusion.decode(run.pipe, leaf)
+            images.append(image.detach())
+        share = len(leaf) / len(z)
+        for name, term in run.terms.items():
+            loss = term.loss(leaf, image, prompts[part])
+            (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+            gradients[name][part] = share * term.weight * gradient
+            log[f"loss_{name}"] = log.get(f"loss_{name}", 0.0) + share * loss.item()
+    if c.adversarial_cap and run.discriminator:
+        limit = c.adversarial_cap * sum(gradients[name] for name in run.rewards).norm()
+        pull = gradients["adversarial"]
+        pull *= (limit / pull.norm().clamp(min=1e-20)).clamp(max=1)
+    log |= {f"latents_gradient_norm_{name}": g.norm().item() for name, g in gradients.items()}
+    return torch.cat(images) if images else None, gradients, log
+
+
+def find_troubles(prompts, z, images, gradients):
+    """What cannot be learned from: a list of Troubles."""
+    troubles = []
     for i, prompt in enumerate(prompts):
+        image = torch.ones(1) if images is None else images[i]
         if not z[i].isfinite().all():
-            found.append((prompt, "the sampled latents are not finite", True))
-        elif images is not None and not images[i].isfinite().all():
-            found.append((prompt, "the VAE's image is not finite (an SDXL VAE in half precision needs "
-                                  "--vae madebyollin/sdxl-vae-fp16-fix)", True))
-        elif not all(g[i].isfinite().all() for g in gradients.values()):
-            found.append((prompt, "a loss or its gradient is not finite", True))
-        elif images is not None and images[i].max() == 0:
-            found.append((prompt, "the VAE's image is black", False))
-    return found
+            troubles.append(Trouble(prompt, "the sampled latents are not finite", True))
+        elif not image.isfinite().all():
+            reason = "the VAE's image is not finite: use --vae madebyollin/sdxl-vae-fp16-fix"
+            troubles.append(Trouble(prompt, reason, True))
+        elif not all(gradient[i].isfinite().all() for gradient in gradients.values()):
+            troubles.append(Trouble(prompt, "a loss or its gradient is not finite", True))
+        elif image.max() == 0:
+            troubles.append(Trouble(prompt, "the VAE's image is black", False))
+    return troubles
 
 
-def discriminate(run, z, prompts):
-    """Adds the discriminator's own gradient: the original model's latents of the prompts are real, the online model's fake."""
-    c, timestep = run.config, run.plan.timesteps[-1]
-    with run.phase("references"):
-        real = discriminator.reference_latents(run.pipe, run.plan, c, prompts)
-    with run.phase("discriminator"), diffusion.adapter(run.pipe.unet, discriminator.ADAPTER):
-        logits = discriminator.logits(run.pipe, run.head, torch.cat([real, z]), timestep, run.empty)
+def attention_loss_of(run, images, prompts, steps):
+    """(AttentionLoss against the masks of the prompts' entities, numbers to log)."""
+    tokenizer = run.pipe.tokenizer
+    entities = [find_entities(prompt, run.parser, tokenizer) for prompt in prompts]
+    nouns = [[entity.noun for entity in own] for own in entities]
+    found = run.segmenter.masks(images, nouns)
+    repeated = [repeated_nouns(prompt, run.parser, tokenizer) for prompt in prompts]
+    counts = {"entities": sum(map(len, entities)), "repeated_nouns": sum(map(len, repeated))}
+
+    def loss(maps):
+        return attention_losses(run, maps, entities, found)
+
+    return diffusion.AttentionLoss(steps, run.config.attention_blocks, loss), counts
+
+
+def attention_losses(run, maps, entities, found):
+    """The weighted sum of the attention losses, mean over prompts, and numbers to log. maps: a list
+    of (B, heads, h, w, tokens); entities, found: per prompt its entities and their masks."""
+    if not any(entities):
+        return 0.0, {}
+    by_prompt = list(zip(*(m.unbind() for m in maps)))  # m[b] would cost B x B, backwards
+    total, log = 0.0, {}
+    for name, formula in losses.ATTENTION_LOSSES[run.config.attention_reduction].items():
+        weight = weight_of(run.config, name)
+        if not weight:
+            continue
+        values = [
+            formula(own_maps, [entity.tokens for entity in own], own_masks)
+            for own_maps, own, own_masks in zip(by_prompt, entities, found, strict=True)
+            if own
+        ]
+        loss = sum(values) / len(by_prompt)
+        log[f"loss_{name}"] = loss.item()
+        total = total + weight * loss
+    activation = attention.entity_activation(attention.token_activation(maps), entities)
+    log["entity_activation_percent"] = 100 * activation.nanmean().item()
+    return total, log
+
+
+def weight_of(c, term):
+    return getattr(c, f"{term}_weight")
+
+
+def discriminate(run, real, fake):
+    """Adds the discriminator's own gradient; returns numbers to log."""
+    with run.discriminator_active():
+        logits = run.discriminator.logits(torch.cat([real, fake]))
         loss = losses.discriminator_loss(*logits.chunk(2))
         loss.backward()
-    sign = torch.tensor([1.0, -1.0], device=z.device).repeat_interleave(len(z))
-    right = (logits.mean((1, 2, 3)) * sign > 0).float().mean()
+    on_real, on_fake = logits.mean((1, 2, 3)).chunk(2)
+    right = torch.cat([on_real > 0, on_fake < 0]).float().mean()
     return {"loss_discriminator": loss.item(), "discriminator_accuracy": right.item()}
 
 
-def update(run):
-    """Averages the gradients over batches and processes, clips them, and lets both optimisers step, or neither if one norm is
-    not finite, which every process sees alike. Returns the norms before clipping, and "skipped" if nobody stepped."""
-    c = run.config
-    sides = [("gradient_norm", run.optimizer, run.parameters, c.clip_norm)]
-    if run.head:
-        sides += [("discriminator_gradient_norm", run.discriminator_optimizer, run.discriminator_parameters,
-                   c.clip_norm_discriminator)]
-    with run.phase("all_reduce"):
-        norms = {name: average_gradients(parameters, clip_norm, run) for name, _, parameters, clip_norm in sides}
-    finite = all(map(math.isfinite, norms.values()))
-    with run.phase("optimiser"):
-        for _, optimizer, *_ in sides:
-            if finite:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    return norms if finite else {**norms, "skipped": 1}
+def has_finite_gradient(run):
+    gradients = [p.grad for p in run.trainables() if p.grad is not None]
+    return math.isfinite(torch.nn.utils.get_total_norm(gradients))
 
 
-def average_gradients(parameters, clip_norm, run):
-    """Averages .grad over the step's batches and, in one flat all_reduce, over processes; clips; returns the norm before."""
+def average_and_clip(run, parameters, clip_norm):
+    """Averages .grad over the step's batches and, in one all_reduce, over ranks; clips; returns the
+    norm before clipping."""
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad.div_(run.config.accumulate)
-    if run.processes > 1:
-        flat = parallel.average(torch.cat([p.grad.flatten() for p in parameters]), run.processes)
-        for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad.copy_(part.view_as(p))
+    utils.average([p.grad for p in parameters], run.world_size)
     return torch.nn.utils.clip_grad_norm_(parameters, clip_norm).item()
 
 
@@ -255,94 +298,254 @@ def learning_rate(c, step):
     return c.lr * rise * (1 + (c.lr_end - 1) * min(1.0, step / c.steps))
 
 
-def seed_of(*names):
-    """A seed from names, the same in every process and every Python."""
-    return int.from_bytes(sha256(repr(names).encode()).digest()[:7], "big")
+def mean_of(logs):
+    """The mean of each number over the rows that have it."""
+    names = dict.fromkeys(name for log in logs for name in log)
+    columns = {name: [log[name] for log in logs if name in log] for name in names}
+    return {name: sum(values) / len(values) for name, values in columns.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ==================================================================================================
+# Everything that a step needs
+
+
+class Term(NamedTuple):
+    """A loss on the sample: loss(z, images, prompts) -> mean over the batch."""
+
+    weight: float
+    loss: object
+
+
+@dataclass
+class Run:
+    """Everything that a step needs. What a weight of 0 switches off is None or empty."""
+
+    config: configuration.Config
+    pipe: object
+    plan: diffusion.Schedule
+    prompts: list
+    parameters: list  # the LoRA's
+    optimizer: torch.optim.Optimizer
+    rewards: dict = field(default_factory=dict)  # {name: reward}
+    terms: dict = field(default_factory=dict)  # {name: Term}
+    parser: object = None
+    segmenter: object = None
+    discriminator: Discriminator | None = None
+    discriminator_optimizer: torch.optim.Optimizer | None = None
+    rank: int = 0
+    world_size: int = 1
+    step: int = 0
+    skipped: int = 0
+    seconds: dict = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name):
+        """Adds the time spent within to seconds[name]."""
+        start = time.perf_counter()
+        yield
+        if self.pipe.unet.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def discriminator_active(self):
+        """Around its passes, forwards and backwards."""
+        return self.discriminator.active() if self.discriminator else nullcontext()
+
+    def trainables(self):
+        return self.parameters + (self.discriminator.parameters if self.discriminator else [])
+
+    def optimizers(self):
+        return [o for o in (self.optimizer, self.discriminator_optimizer) if o]
+
+    def prompts_per_step(self):
+        return self.config.batch * self.config.accumulate * self.world_size
+
+    def save_adapters(self, folder):
+        diffusion.save_lora(self.pipe, folder, diffusion.ADAPTER)
+        if self.discriminator:
+            self.discriminator.save(folder)
+
+    def load_adapters(self, folder):
+        diffusion.load_lora(self.pipe, folder, diffusion.ADAPTER)
+        if self.discriminator:
+            self.discriminator.load(folder)
+
+
+def setup(c, pipe=None, judges=None, segmenter=None):
+    """A Run: loads and freezes the models, adds the adapters, makes the optimisers. pipe, judges
+    ({name: reward}), segmenter: models in place of those that the Config names."""
+    configuration.check(c)
+    rank, world_size = utils.join(c.device, c.timeout)
+    if not c.prompts.is_file() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        prompt_lists.fetch(c.prompts.parent)  # the default list, once a machine
+    utils.barrier(world_size)
+    prompts = prompt_lists.read(c.prompts)  # a bad list is refused before the models are loaded
+    torch.manual_seed(c.seed)
+    pipe, plan = (pipe, models.plan_of(pipe, c)) if pipe else models.open_pipeline(c)
+    device = pipe.unet.device
+    parameters = diffusion.add_adapter(pipe.unet, diffusion.ADAPTER, c.rank)
+    optimizer = adamw(parameters, c.lr, c.beta1, c.weight_decay)
+    run = Run(c, pipe, plan, prompts, parameters, optimizer, rank=rank, world_size=world_size)
+    run.rewards = judges if judges is not None else rewards.load_rewards(c, device)
+    attention_terms = losses.ATTENTION_LOSSES[c.attention_reduction]
+    if any(weight_of(c, name) for name in attention_terms):
+        attention.cross_attention_layers(pipe.unet, c.attention_blocks)
+        run.parser = load_parser(c.parser)
+        run.segmenter = segmenter or masks.load_segmenter(c, device)
+    if c.adversarial_weight:
+        null = diffusion.encode(pipe, [""]).null
+        run.discriminator = Discriminator(pipe, plan, null, c.rank)
+        trained = run.discriminator.parameters
+        run.discriminator_optimizer = adamw(trained, c.lr_discriminator, 0.0, c.weight_decay)
+    run.terms = make_terms(run)
+    save_time_and_memory(c, pipe)
+    pipe.unet.set_adapter(diffusion.ADAPTER)
+    utils.broadcast(run.trainables(), world_size)
+    return run
+
+
+def adamw(parameters, lr, beta1, weight_decay):
+    fused = parameters[0].is_cuda  # one kernel, and no temporary copies of the parameters
+    betas = (beta1, 0.999)
+    return torch.optim.AdamW(parameters, lr, betas, weight_decay=weight_decay, fused=fused)
+
+
+def make_terms(run):
+    """The losses on the sample: one per reward, and the adversarial one."""
+    weights, terms = configuration.reward_weights(run.config), {}
+    for name, reward in run.rewards.items():
+        terms[name] = Term(weights[name], partial(minus_reward, reward))
+    if run.discriminator:
+        terms["adversarial"] = Term(run.config.adversarial_weight, run.discriminator.generator_loss)
+    return terms
+
+
+def minus_reward(reward, z, images, prompts):
+    return -reward(images, prompts).mean()
+
+
+def save_time_and_memory(c, pipe):
+    """Applies --checkpointing and --compile."""
+    if c.checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+        pipe.vae.enable_gradient_checkpointing()
+    if c.compile:
+        torch._dynamo.config.recompile_limit = 64  # per block: sizes x adapters x with gradient
+        pipe.unet.compile_repeated_blocks()
+
+
+# ==================================================================================================
 # The loop
 
+
 def train(run):
-    """The loop: steps, logs, grids, checkpoints. SIGTERM and SIGINT let the step end, save and stop; a second one stops at
-    once."""
-    c, first = run.config, run.process == 0
-    log, wanted = output.Log(run), parallel.StopWanted()
-    bar = tqdm(range(run.step, c.steps), initial=run.step, total=c.steps, desc=c.out.name, disable=not first)
+    """Steps, logs, sample grids, checkpoints. SIGTERM and SIGINT let the step end, save and stop; a
+    second one stops at once."""
+    c, first = run.config, run.rank == 0
+    log, stop_signal = utils.Log(run), utils.StopSignal()
+    bar = tqdm(range(run.step, c.steps), c.out.name, c.steps, initial=run.step, disable=not first)
+    base_samples = None
     for _ in bar:
         start, run.seconds = time.perf_counter(), {}
-        numbers = train_step(run)
-        numbers.update({f"seconds_{k}": v for k, v in run.seconds.items()}, seconds=time.perf_counter() - start,
-                       peak_memory_gib=peak_memory(run.pipe.unet.device))
-        log.write(run.step, numbers)
-        bar.set_postfix({k.removeprefix("loss_"): f"{v:.3g}" for k, v in numbers.items() if k.startswith("loss_")})
-        check_trouble(run, numbers)
+        numbers, troubles = train_step(run)
+        numbers |= {f"seconds_{phase}": seconds for phase, seconds in run.seconds.items()}
+        numbers["seconds"] = time.perf_counter() - start
+        numbers["peak_memory_gib"] = utils.peak_memory(run.pipe.unet.device)
+        log.write(run.step, numbers, troubles)
+        shown = {k[5:]: f"{v:.3g}" for k, v in numbers.items() if k.startswith("loss_")}
+        bar.set_postfix(shown)
+        handle_troubles(run, troubles, skipped="skipped" in numbers)
         run.step += 1
         if first and c.sample_every and run.step % c.sample_every == 0:
-            output.draw_samples(run, log)
-        stop = parallel.any_of(wanted.seen, run) and run.step < c.steps
-        if run.step % c.checkpoint_every == 0 or run.step == c.steps or stop:
-            parallel.check_agreement(run)
+            base_samples = draw_samples(run, log, base_samples)
+        stopping = any(utils.gather([stop_signal.seen], run.world_size)) and run.step < c.steps
+        if run.step % c.checkpoint_every == 0 or run.step == c.steps or stopping:
+            utils.check_agreement(run)
             if first:
-                output.save_checkpoint(run)
-        if stop:
+                utils.save_checkpoint(run)
+        if stopping:
             if first:
-                bar.write(f"stopped after step {run.step} of {c.steps}; --resume goes on", file=sys.stderr)
+                bar.write(f"stopped after step {run.step}; --resume goes on", file=sys.stderr)
             return
-    wanted.forget()
-    if first and run.processes > 1:
-        print("the processes hold equal weights")  # or the last check would have ended the run
+    stop_signal.forget()
 
 
-def check_trouble(run, numbers):
+def handle_troubles(run, troubles, skipped):
     """Says which prompts made trouble; ends the run if too many steps in a row were skipped."""
-    whose = "; ".join(f"{prompt[:80]!r}: {why}" for prompt, why, _ in numbers.get("trouble", []))
-    if whose and not run.skipped or run.skipped and run.process == 0:  # a skipped step's prompts are those of all processes
-        tqdm.write(f"step {run.step}{' skipped' * bool(run.skipped)}: {whose or 'the gradient is not finite'}", file=sys.stderr)
+    run.skipped = run.skipped + 1 if skipped else 0
+    listed = "; ".join(f"{trouble.prompt[:80]!r}: {trouble.reason}" for trouble in troubles)
+    if run.rank == 0 and (troubles or skipped):
+        what = " skipped" if skipped else ""
+        tqdm.write(f"step {run.step}{what}: {listed or 'not finite'}", file=sys.stderr)
     if run.skipped >= run.config.max_skips:
-        parallel.give_up("" if run.process else f"train.py: {run.skipped} steps in a row had a loss or gradient that is not "
-                         f"finite ({whose}); the newest checkpoint is from before; try a new run with a lower --lr or with "
-                         "--dtype float32")
+        message = (
+            f"train.py: {run.skipped} steps in a row had a loss or gradient that is not finite "
+            f"({listed}); the newest checkpoint is from before; try a lower --lr or --dtype float32"
+        )
+        utils.give_up(message if run.rank == 0 else "")
 
 
-@contextlib.contextmanager
-def told(*errors):
-    """Ends the program with one line, in place of a traceback, for errors that are no fault of the code."""
-    try:
-        yield
-    except (*errors, OSError, parallel.Lost, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        said = {torch.OutOfMemoryError: "out of the GPU's memory: try --checkpointing, --offload, or a smaller --batch with "
-                                        "--accumulate; python bench.py sdxl --predict says what fits",
-                KeyboardInterrupt: "stopped at once; the newest checkpoint is whole",
-                parallel.Lost: f"{error}; the newest checkpoint is whole, go on with --resume"}
-        parallel.give_up(f"train.py: {said.get(type(error)) or configuration.first_line(error)}")
+def draw_samples(run, log, base):
+    """The grid at fixed prompts and seeds, base above tuned. Returns the base's images, which never
+    change: base is what it returned before, or None."""
+    c = run.config
+    listed = prompt_lists.read(c.eval_prompts) if c.eval_prompts else run.prompts
+    prompts = list(listed[: c.sample_prompts])
+
+    def draw(adapter):
+        arguments = run.pipe, run.plan, prompts, c.guidance_scale, c.resolution
+        return pictures.generate(*arguments, adapters=(adapter,))[0]
+
+    base = draw(None) if base is None else base
+    rows = {"base": base, f"step {run.step}": draw(diffusion.ADAPTER)}
+    picture = pictures.grid(prompts, rows)
+    (c.out / "samples").mkdir(exist_ok=True)
+    picture.save(c.out / f"samples/step-{run.step:06d}.png")
+    log.picture(run.step, "samples", picture)
+    return base
 
 
 def begin(c):
-    """The Run of a Config, new or as its newest checkpoint left it. Raises ValueError for what the user can mend."""
-    checkpoint = output.open_output(c)
+    """The Run of a Config, new or as its newest checkpoint left it. Raises ValueError for what the
+    user can mend."""
+    checkpoint = utils.open_output(c)
     run = setup(c)
     if checkpoint:
-        output.load_checkpoint(run, checkpoint)
+        utils.load_checkpoint(run, checkpoint)
     if run.step > c.steps:
         raise ValueError(f"--steps {c.steps}: {c.out} is at step {run.step} already")
-    parallel.check_alike(run)
-    if run.process == 0:
-        configuration.save(c, c.out / "config.json")
+    utils.check_alike(run)
+    if run.rank == 0:
+        utils.save_config(c, c.out / "config.json")
         announce(run)
     return run
 
 
+def announce(run):
+    """What follows from the configuration, once, at the start."""
+    c, unet, each = run.config, run.pipe.unet, run.prompts_per_step()
+    count = sum(p.numel() for p in run.parameters) / 1e6
+    print(f"{c.model}: {unet.dtype} on {unet.device}, LoRA of {count:.2f} M parameters")
+    print(
+        f"{c.steps} steps of {c.batch} x {c.accumulate} x {run.world_size} = {each} prompts, "
+        f"{c.steps * each / len(run.prompts):.1f} epochs of {len(run.prompts)}"
+    )
+    print(f"losses: {', '.join(run.terms)}; gradient through {c.grad_steps} of {c.num_steps} steps")
+
+
+MEMORY_HINT = "try --checkpointing, or a smaller --batch with a larger --accumulate"
+STOP_HINT = "stopped at once; the newest checkpoint is whole"
+
+
 def main(c):
-    with told(ValueError):
+    with utils.one_line_errors("train.py", MEMORY_HINT, STOP_HINT):
         run = begin(c)
-    with told():
+    with utils.one_line_errors("train.py", MEMORY_HINT, STOP_HINT, faults=(OSError,)):
         train(run)
-    with told(ValueError):
-        if c.eval_prompts and run.step == c.steps:
-            output.report(run)
-        parallel.leave(run.processes)
+        utils.leave(run.world_size)
+    if run.rank == 0 and run.step == c.steps:
+        print(f"done; python evaluate.py {c.out} scores it")
 
 
 if __name__ == "__main__":
-    main(parsed)
+    main(config)

@@ -1,4 +1,5 @@
 """ablation.py: its recipes, what is run again and what is not, its intervals, table and figure."""
+
 import json
 import runpy
 import subprocess
@@ -13,8 +14,14 @@ import ablation
 import config
 import sample
 
-SCORES = ["fully_right", "objects_present", "attributes_bound", "extra_objects", "caption_log_likelihood",
-          "entity_activation_percent"]
+SCORES = [
+    "fully_right",
+    "objects_present",
+    "attributes_bound",
+    "extra_objects",
+    "caption_log_likelihood",
+    "entity_activation_percent",
+]
 
 
 def test_recipes_switch_off_what_their_names_leave_out():
@@ -34,9 +41,24 @@ def finished(folder, gain, n=40, seed=0):
         for i in range(n):
             noise = torch.randn(2, generator=generator).tolist()
             base = dict.fromkeys(SCORES, 0.5 + 0.1 * noise[0])
-            for model, row in (("base", base), ("tuned", {k: v + gain + 0.1 * noise[1] for k, v in base.items()})):
+            for model, row in (
+                ("base", base),
+                ("tuned", {k: v + gain + 0.1 * noise[1] for k, v in base.items()}),
+            ):
                 missing = {"attributes_bound": None} if i == 3 else {}
-                file.write(json.dumps({"list": "x", "prompt": f"p{i}", "seed": i, "model": model, **row, **missing}) + "\n")
+                file.write(
+                    json.dumps(
+                        {
+                            "list": "x",
+                            "prompt": f"p{i}",
+                            "seed": i,
+                            "model": model,
+                            **row,
+                            **missing,
+                        }
+                    )
+                    + "\n"
+                )
     results = {"base": {"frechet_distance": 1.0}, "tuned": {"frechet_distance": 1 + gain}}
     (folder / "results.json").write_text(json.dumps(results))
     config.save(replace(config.PRESETS["shapes"][1], out=folder, seed=seed), folder / "config.json")
@@ -60,13 +82,23 @@ def test_the_table_holds_the_means_their_differences_and_intervals(runs):
         for key in SCORES:
             cell = table[recipe][key]
             low, high = cell["interval"]
-            assert cell["difference"] == pytest.approx(0.1 * i, abs=0.04) and low < cell["difference"] < high
+            assert (
+                cell["difference"] == pytest.approx(0.1 * i, abs=0.04)
+                and low < cell["difference"] < high
+            )
             assert 0.01 < high - low < 0.1
             assert cell["mean"] == pytest.approx(table["base"][key]["mean"] + cell["difference"])
-        assert table[recipe]["frechet_distance"]["interval"] == pytest.approx([0.1 * i] * 2, abs=1e-6)
+        assert table[recipe]["frechet_distance"]["interval"] == pytest.approx(
+            [0.1 * i] * 2, abs=1e-6
+        )
     lines = ablation.markdown(table).splitlines()
-    assert len(lines) == 2 + len(ablation.SHOWN) + 1 and len({line.count("|") for line in lines}) == 1
-    assert lines[0] == "| | base | CM | CM+AC | CM+FP | CM+AC+FP |" and "| 1.5 | 1.5 | 1.5 | 1.5 |" in lines[-1]
+    assert (
+        len(lines) == 2 + len(ablation.SHOWN) + 1 and len({line.count("|") for line in lines}) == 1
+    )
+    assert (
+        lines[0] == "| | base | CM | CM+AC | CM+FP | CM+AC+FP |"
+        and "| 1.5 | 1.5 | 1.5 | 1.5 |" in lines[-1]
+    )
 
 
 def test_seeds_that_differ_widen_the_interval():
@@ -102,7 +134,10 @@ def asked(monkeypatch):
         folder = Path(command[4])
         if not {"bad", "stopped"} & {*folder.name.split("-")}:
             finished(folder, 0.1)
-        return subprocess.CompletedProcess(command, int("bad" in folder.name))  # train.py ends with 0 when it is stopped
+        return subprocess.CompletedProcess(
+            command, int("bad" in folder.name)
+        )  # train.py ends with 0 when it is stopped
+
     monkeypatch.setattr(subprocess, "run", run)
     return calls
 
@@ -113,8 +148,10 @@ def test_what_is_finished_is_not_run_again_and_what_was_cut_off_goes_on(runs, as
     (runs / "cut/checkpoints/latest").mkdir(parents=True)
     ablation.finish(runs / "cut", ["--seed", "7"], 2)
     ablation.finish(runs / "new", [], 1)
-    assert asked == [(["--out", str(runs / "cut"), "--seed", "7", "--resume"], "2"),
-                     (["--out", str(runs / "new"), "--resume"], "1")]
+    assert asked == [
+        (["--out", str(runs / "cut"), "--seed", "7", "--resume"], "2"),
+        (["--out", str(runs / "new"), "--resume"], "1"),
+    ]
     for name in ("bad", "stopped"):
         with pytest.raises(ValueError, match=f"{name}: did not finish, see .*{name}.txt"):
             ablation.finish(runs / name, [], 1)
@@ -123,7 +160,9 @@ def test_what_is_finished_is_not_run_again_and_what_was_cut_off_goes_on(runs, as
 @pytest.mark.parametrize(("flag", "then"), [("--steps", 60), ("--eval-count", 350)])
 def test_a_finished_run_with_other_settings_is_refused(runs, asked, flag, then):
     ablation.finish(runs / "CM-0", [flag, str(then)], 1)
-    with pytest.raises(ValueError, match=f"CM-0: is finished with {flag} {then}, not 20; choose another --out"):
+    with pytest.raises(
+        ValueError, match=f"CM-0: is finished with {flag} {then}, not 20; choose another --out"
+    ):
         ablation.finish(runs / "CM-0", [flag, "20"], 1)
     assert asked == []
 
@@ -141,6 +180,7 @@ def test_ctrl_c_starts_no_other_and_is_one_line(tmp_path, monkeypatch):
     def run(command, **rest):
         started.append(command)
         raise KeyboardInterrupt
+
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr("sys.argv", ["ablation.py", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="^ablation.py: stopped; start it again to go on$"):

@@ -1,4 +1,5 @@
 """Captured maps equal a softmax computed by hand, and capturing leaves no trace."""
+
 import dataclasses
 import re
 
@@ -15,7 +16,9 @@ import diffusion
 def world():
     pipe, _ = tiny_pipeline()
     text = diffusion.encode(pipe, PROMPTS)
-    z = torch.randn(2, 4, 16, 8, generator=torch.Generator().manual_seed(0))  # 32 x 16 pixels: not square
+    z = torch.randn(
+        2, 4, 16, 8, generator=torch.Generator().manual_seed(0)
+    )  # 32 x 16 pixels: not square
     return pipe, text, z
 
 
@@ -34,8 +37,13 @@ def by_hand(layer, hidden, words):
     """softmax(Q K^T / sqrt(d)), one head at a time: (batch, heads, queries, tokens)."""
     d = layer.to_q.base_layer.out_features // layer.heads
     q, k = hidden @ weight(layer.to_q).T, words @ weight(layer.to_k).T
-    return torch.stack([(q[..., h * d:(h + 1) * d] @ k[..., h * d:(h + 1) * d].mT / d ** 0.5).softmax(-1)
-                        for h in range(layer.heads)], 1)
+    return torch.stack(
+        [
+            (q[..., h * d : (h + 1) * d] @ k[..., h * d : (h + 1) * d].mT / d**0.5).softmax(-1)
+            for h in range(layer.heads)
+        ],
+        1,
+    )
 
 
 def test_maps_equal_a_plain_softmax_of_the_conditional_half(world):
@@ -43,8 +51,10 @@ def test_maps_equal_a_plain_softmax_of_the_conditional_half(world):
     layers = attention.cross_attention_layers(pipe.unet, BLOCKS)
     seen, handles = {}, []
     for name, layer in layers.items():
+
         def see(module, args, kwargs, name=name):
             seen[name] = args[0], kwargs["encoder_hidden_states"]
+
         handles.append(layer.register_forward_pre_hook(see, with_kwargs=True))
     with attention.capture(pipe.unet, BLOCKS) as captured:
         guided_pass(pipe, text, z)
@@ -128,7 +138,9 @@ def test_gradient_flows_through_the_maps(world):
     with attention.capture(pipe.unet, BLOCKS) as captured:
         diffusion.predict(pipe, torch.cat([z, z]), 500, *text.guided())
     attention.attention_maps(captured, 2, aspect=0.5)[-1][..., 3].sum().backward()
-    touched = [n for n, p in pipe.unet.named_parameters() if p.grad is not None and p.grad.abs().max() > 0]
+    touched = [
+        n for n, p in pipe.unet.named_parameters() if p.grad is not None and p.grad.abs().max() > 0
+    ]
     pipe.unet.zero_grad()
     assert any("to_q" in n for n in touched) and all(f".{diffusion.ADAPTER}." in n for n in touched)
 

@@ -1,4 +1,5 @@
 """entities.py, the words: which nouns and attributes a prompt names, and at which of the 77 tokens."""
+
 import itertools
 import random
 import re
@@ -32,12 +33,20 @@ def hand_checked():
     for line in (ROOT / "tests" / "entities_60.txt").read_text().splitlines():
         if line and not line.startswith("#"):
             prompt, expected = line.split(" | ")
-            nouns = [] if expected == "-" else [part.partition(": ")[::2] for part in expected.split("; ")]
-            yield prompt, {(n, a) for n, listed in nouns for a in (None, *filter(None, listed.split(", ")))}
+            nouns = (
+                []
+                if expected == "-"
+                else [part.partition(": ")[::2] for part in expected.split("; ")]
+            )
+            yield (
+                prompt,
+                {(n, a) for n, listed in nouns for a in (None, *filter(None, listed.split(", ")))},
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Nouns and attributes
+
 
 def test_hand_checked_prompts():
     """At least 95 % of 60 prompts' (noun, attribute) pairs, missing and superfluous ones both counted as wrong."""
@@ -49,7 +58,9 @@ def test_hand_checked_prompts():
 
 
 def test_shapes_world_is_parsed_without_a_fault():
-    kinds = itertools.product(itertools.permutations(shapes.COLOURS, 2), itertools.permutations(shapes.SHAPES, 2))
+    kinds = itertools.product(
+        itertools.permutations(shapes.COLOURS, 2), itertools.permutations(shapes.SHAPES, 2)
+    )
     worlds = list(kinds)
     assert len(worlds) == 1120
     for (c, d), (s, t) in random.Random(0).sample(worlds, 200):
@@ -59,19 +70,34 @@ def test_shapes_world_is_parsed_without_a_fault():
         assert ["".join(words_at(prompt, e.tokens)) for e in found] == [c + s, d + t]
 
 
-@pytest.mark.parametrize("prompt, expected", [
-    ("The wooden spoon and glass bowl are full.", "spoon: wooden; bowl: glass"),
-    ("A man wearing a white tie and black shirt .", "man; tie: white; shirt: black"),
-    ("a cloudy scene about wine glass and sports ball, which makes us feel awe", "glass: wine; ball: sports"),
-    ("a blue airplane flies across the white sky", "airplane: blue; sky: white"),
-    ("a small brown mouse scurries across the kitchen floor", "mouse: small, brown; floor: kitchen"),
-    ("a fabric pants and a glass cup", "pants: fabric; cup: glass"),
-    ("a orange pumpkin and a brown acorn", "pumpkin: orange; acorn: brown"),
-    ("A red train on a snow covered field.", "train: red; field: snow, covered"),
-    ("A large black cat laying on top of a pink piece of luggage.", "cat: large, black; luggage: pink")])
+@pytest.mark.parametrize(
+    "prompt, expected",
+    [
+        ("The wooden spoon and glass bowl are full.", "spoon: wooden; bowl: glass"),
+        ("A man wearing a white tie and black shirt .", "man; tie: white; shirt: black"),
+        (
+            "a cloudy scene about wine glass and sports ball, which makes us feel awe",
+            "glass: wine; ball: sports",
+        ),
+        ("a blue airplane flies across the white sky", "airplane: blue; sky: white"),
+        (
+            "a small brown mouse scurries across the kitchen floor",
+            "mouse: small, brown; floor: kitchen",
+        ),
+        ("a fabric pants and a glass cup", "pants: fabric; cup: glass"),
+        ("a orange pumpkin and a brown acorn", "pumpkin: orange; acorn: brown"),
+        ("A red train on a snow covered field.", "train: red; field: snow, covered"),
+        (
+            "A large black cat laying on top of a pink piece of luggage.",
+            "cat: large, black; luggage: pink",
+        ),
+    ],
+)
 def test_what_the_small_parser_misreads(prompt, expected):
     nouns = [part.partition(": ")[::2] for part in expected.split("; ")]
-    assert pairs(prompt) == {(n, a) for n, listed in nouns for a in (None, *filter(None, listed.split(", ")))}
+    assert pairs(prompt) == {
+        (n, a) for n, listed in nouns for a in (None, *filter(None, listed.split(", ")))
+    }
 
 
 def test_a_predicate_is_never_a_noun():
@@ -81,7 +107,11 @@ def test_a_predicate_is_never_a_noun():
 
 def test_dropping_goes_by_exact_lemma():
     assert [e.noun for e in find_entities("a seat near the sea with a topping and sidewalks")] == [
-        "seat", "sea", "topping", "sidewalks"]
+        "seat",
+        "sea",
+        "topping",
+        "sidewalks",
+    ]
     assert find_entities("scenes of rooms and pictures") == []
 
 
@@ -98,13 +128,24 @@ def test_many_prompts_at_once_in_order(monkeypatch):
     assert entities.find_all([]) == []
     read = entities.load_parser()
     monkeypatch.setattr(entities, "parse", None)
-    assert entities.find_all(prompts, read)[1] == [Entity("dog", ("red",), (2, 3))]  # remembered, not parsed again
+    assert entities.find_all(prompts, read)[1] == [
+        Entity("dog", ("red",), (2, 3))
+    ]  # remembered, not parsed again
 
 
 def test_statistics_counts():
     found = entities.statistics(["a red car near a house", "the top of a dream", "a dog and a dog"])
-    assert (found["prompts"], found["with_entity"], found["entities"], found["repeated"]) == (3, 1 / 3, 2 / 3, 1 / 3)
-    assert (found["heads_kept"], found["depictable_heads_kept"], found["positions"]) == (2 / 6, 2 / 4, 0)
+    assert (found["prompts"], found["with_entity"], found["entities"], found["repeated"]) == (
+        3,
+        1 / 3,
+        2 / 3,
+        1 / 3,
+    )
+    assert (found["heads_kept"], found["depictable_heads_kept"], found["positions"]) == (
+        2 / 6,
+        2 / 4,
+        0,
+    )
 
 
 def test_a_missing_parser_says_how_to_install_it():
@@ -115,6 +156,7 @@ def test_a_missing_parser_says_how_to_install_it():
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokens
 
+
 def test_tokenizer_is_clips():
     tokenizer = entities.load_tokenizer()
     assert len(tokenizer) == 49408 and tokenizer.model_max_length == 77
@@ -124,11 +166,19 @@ def test_tokenizer_is_clips():
 def test_equal_words_keep_their_places():
     """The official code aligns by spelling and swaps these two reds."""
     assert find_entities("a big red car and a red bus") == [
-        Entity("car", ("big", "red"), (2, 3, 4)), Entity("bus", ("red",), (7, 8))]
+        Entity("car", ("big", "red"), (2, 3, 4)),
+        Entity("bus", ("red",), (7, 8)),
+    ]
 
 
-@pytest.mark.parametrize("prompt", [
-    "A RED car, and (a \"Blue\" bus)!", "a red   car ... and a blue bus", "a red\tcar\nand a blue bus"])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        'A RED car, and (a "Blue" bus)!',
+        "a red   car ... and a blue bus",
+        "a red\tcar\nand a blue bus",
+    ],
+)
 def test_case_punctuation_and_spaces(prompt):
     car, bus = find_entities(prompt)
     assert [w.lower() for w in words_at(prompt, car.tokens)] == ["red", "car"]
@@ -137,14 +187,18 @@ def test_case_punctuation_and_spaces(prompt):
 
 def test_a_word_of_several_tokens():
     prompt = "a metallic xylophonist"
-    entity, = find_entities(prompt)
-    assert len(entity.tokens) > 2 and "".join(words_at(prompt, entity.tokens)) == "metallicxylophonist"
+    (entity,) = find_entities(prompt)
+    assert (
+        len(entity.tokens) > 2 and "".join(words_at(prompt, entity.tokens)) == "metallicxylophonist"
+    )
 
 
 def test_a_shared_word_belongs_to_neither():
     """Both are black, but the tokens of two entities never overlap."""
     assert find_entities("the cat and the dog are black") == [
-        Entity("cat", ("black",), (2,)), Entity("dog", ("black",), (5,))]
+        Entity("cat", ("black",), (2,)),
+        Entity("dog", ("black",), (5,)),
+    ]
 
 
 def test_words_beyond_the_context_are_dropped_with_one_warning(monkeypatch, capfd):
@@ -155,11 +209,16 @@ def test_words_beyond_the_context_are_dropped_with_one_warning(monkeypatch, capf
         found = find_entities("so " * fill + "a blue xylophonist")
         assert all(e.noun == "xylophonist" and max(e.tokens) <= 75 for e in found)
     line = capfd.readouterr().err
-    assert line.count("\n") == 1 and "'a red car and very very" in line and "longer than 77 CLIP tokens" in line
+    assert (
+        line.count("\n") == 1
+        and "'a red car and very very" in line
+        and "longer than 77 CLIP tokens" in line
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The official prompt list
+
 
 @pytest.fixture(scope="module")
 def official():
@@ -174,8 +233,14 @@ def test_statistics_of_official_prompts(official):
     found = entities.statistics(official)
     print(found)
     assert found["prompts"] == 2000 and found["with_entity"] > 0.95 and 2 < found["entities"] < 4
-    assert found["heads_kept"] > 0.75 and found["depictable_heads_kept"] > 0.9 and found["repeated"] < 0.1
-    assert found["positions"] == 0 and found["prompts_per_second"] > 20  # about 600 a second of CPU time
+    assert (
+        found["heads_kept"] > 0.75
+        and found["depictable_heads_kept"] > 0.9
+        and found["repeated"] < 0.1
+    )
+    assert (
+        found["positions"] == 0 and found["prompts_per_second"] > 20
+    )  # about 600 a second of CPU time
 
 
 def test_batches_change_nothing(official):
@@ -194,7 +259,11 @@ def test_two_objects_never_swap_their_attributes():
     if not BENCHMARK.is_dir():
         pytest.skip(f"{BENCHMARK} is not here")
     form = re.compile(r"an? (\w+) (\w+) and an? (\w+) (\w+)\.?", re.I)
-    lines = [line.strip() for kind in ("color", "shape", "texture") for line in open(BENCHMARK / f"{kind}_train.txt")]
+    lines = [
+        line.strip()
+        for kind in ("color", "shape", "texture")
+        for line in open(BENCHMARK / f"{kind}_train.txt")
+    ]
     prompts = [line for line in lines if form.fullmatch(line)]
     right = []
     for prompt, found in zip(prompts, entities.find_all(prompts)):
@@ -203,13 +272,17 @@ def test_two_objects_never_swap_their_attributes():
             if first.lower() != second.lower():
                 assert second not in entity.attributes or entity.noun != noun
                 assert first not in entity.attributes or entity.noun != other
-        right += [(noun, (first,)) in [(e.noun, e.attributes) for e in found],
-                  (other, (second,)) in [(e.noun, e.attributes) for e in found]]
+        right += [
+            (noun, (first,)) in [(e.noun, e.attributes) for e in found],
+            (other, (second,)) in [(e.noun, e.attributes) for e in found],
+        ]
     assert len(prompts) > 1000 and sum(right) > 0.98 * len(right)
 
 
 def test_tokens_of_official_prompts(official):
     for found in entities.find_all(official):
         tokens = [i for e in found for i in e.tokens]
-        assert len(tokens) == len(set(tokens)) and all(list(e.tokens) == sorted(e.tokens) for e in found)
+        assert len(tokens) == len(set(tokens)) and all(
+            list(e.tokens) == sorted(e.tokens) for e in found
+        )
         assert not POSITIONS & {e.noun.lower() for e in found}

@@ -1,4 +1,5 @@
 """What goes wrong on the way, each fault of docs/faults.md: kills, full disks, bad numbers, lost or disagreeing processes."""
+
 import json
 import os
 import pickle
@@ -22,10 +23,14 @@ import output
 import parallel
 import train
 
-OPTIONS = dict(ALL_LOSSES, beta1=0.5, steps=3, checkpoint_every=1, eval_prompts="", num_steps=2, grad_steps=1)
+OPTIONS = dict(
+    ALL_LOSSES, beta1=0.5, steps=3, checkpoint_every=1, eval_prompts="", num_steps=2, grad_steps=1
+)
 
 
-slow = pytest.mark.skipif("KILLS" not in os.environ, reason="slow: KILLS=30 python -m pytest tests/test_faults.py")
+slow = pytest.mark.skipif(
+    "KILLS" not in os.environ, reason="slow: KILLS=30 python -m pytest tests/test_faults.py"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,9 +63,18 @@ def state_of(out):
     """Everything that a run has learned and written down, but for seconds and memory."""
     newest = output.newest(out)
     rows = [json.loads(line) for line in open(out / "log.jsonl")]
-    logs = [{k: v for k, v in row.items() if "seconds" not in k and "memory" not in k} for row in rows]
-    return (newest.name, *(load_file(newest / f"{n}.safetensors") for n in ("pytorch_lora_weights", "discriminator")),
-            torch.load(newest / "state.pt", weights_only=True), logs)
+    logs = [
+        {k: v for k, v in row.items() if "seconds" not in k and "memory" not in k} for row in rows
+    ]
+    return (
+        newest.name,
+        *(
+            load_file(newest / f"{n}.safetensors")
+            for n in ("pytorch_lora_weights", "discriminator")
+        ),
+        torch.load(newest / "state.pt", weights_only=True),
+        logs,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +116,13 @@ def write(path, data):
     plain(path, data)
     if sum(count) == 3: {KILL}
 config.write = write
-"""}
+""",
+}
 
 
-@pytest.mark.parametrize("where", [*list(KILLED)[:3], *(pytest.param(where, marks=slow) for where in list(KILLED)[3:])])
+@pytest.mark.parametrize(
+    "where", [*list(KILLED)[:3], *(pytest.param(where, marks=slow) for where in list(KILLED)[3:])]
+)
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, straight, where):
     done = command(write_script(tmp_path, KILLED[where] + "\ntrain.main(c)", **OPTIONS))
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
@@ -119,19 +136,54 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, straight, where):
 @slow
 def test_random_kills_leave_no_trace(tmp_path):
     kills, rng = int(os.environ["KILLS"]), random.Random(int(os.environ.get("KILLS_SEED", 0)))
-    flags = ["shapes", "--steps", max(6, kills // 2), "--batch", 2, "--num-steps", 3, "--grad-steps", 2, "--rank", 4,
-             "--eval-prompts", "", "--checkpoint-every", 1, "--keep", 2, "--sample-every", 0,
-             "--references", tmp_path / "references"]
+    flags = [
+        "shapes",
+        "--steps",
+        max(6, kills // 2),
+        "--batch",
+        2,
+        "--num-steps",
+        3,
+        "--grad-steps",
+        2,
+        "--rank",
+        4,
+        "--eval-prompts",
+        "",
+        "--checkpoint-every",
+        1,
+        "--keep",
+        2,
+        "--sample-every",
+        0,
+        "--references",
+        tmp_path / "references",
+    ]
     done = command("train.py", *flags, "--out", tmp_path / "straight")
     assert done.returncode == 0, done.stderr[-2000:]
     log = tmp_path / "broken/log.jsonl"
-    line = [sys.executable, str(ROOT / "train.py"), *map(str, flags), "--out", str(tmp_path / "broken"), "--resume"]
+    line = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *map(str, flags),
+        "--out",
+        str(tmp_path / "broken"),
+        "--resume",
+    ]
     for _ in range(kills):
         before = log.read_text().count("\n") if log.exists() else 0
-        process = subprocess.Popen(line, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            line,
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         late = rng.random() < 0.7  # most kills strike while it trains, the others while it starts
-        while process.poll() is None and late and (not log.exists() or log.read_text().count("\n") <= before):
+        while (
+            process.poll() is None
+            and late
+            and (not log.exists() or log.read_text().count("\n") <= before)
+        ):
             time.sleep(0.05)
             before = min(before, log.read_text().count("\n") if log.exists() else 0)
         time.sleep(rng.uniform(0, 1.5))
@@ -152,7 +204,9 @@ train.train_step = step
 train.main(c)
 """
     done = command(write_script(tmp_path, body, **{**OPTIONS, "checkpoint_every": 100}))
-    assert done.returncode == 0 and "stopped after step 2 of 3; --resume goes on" in done.stderr, done.stderr[-2000:]
+    assert done.returncode == 0 and "stopped after step 2 of 3; --resume goes on" in done.stderr, (
+        done.stderr[-2000:]
+    )
     assert output.newest(tmp_path / "run").name == "step-000002"
     train.main(small_config(tmp_path, **OPTIONS, resume=True))
     assert same(state_of(tmp_path / "run"), straight)
@@ -178,6 +232,7 @@ train.main(c)
 # ---------------------------------------------------------------------------------------------------------------------
 # Disks and files
 
+
 def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path, straight):
     """After the first checkpoint no file may grow beyond 20 kB: to a program this looks like a full disk."""
     body = """
@@ -192,7 +247,10 @@ train.main(c)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
     said = done.stderr.strip().splitlines()[-1]
     assert "step-000002 cannot be written" in said and "step-000001 is intact" in said
-    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["latest", "step-000001"]
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == [
+        "latest",
+        "step-000001",
+    ]
     train.main(small_config(tmp_path, **OPTIONS, resume=True))
     assert same(state_of(tmp_path / "run"), straight)
 
@@ -202,8 +260,12 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         def __init__(self, run):
             super().__init__(run)
             self.file = open("/dev/full", "w")
+
     monkeypatch.setattr(output, "Log", Log)
-    with pytest.raises(SystemExit, match=r"^train.py: /dev/full: cannot be written \(No space left on device\); make room"):
+    with pytest.raises(
+        SystemExit,
+        match=r"^train.py: /dev/full: cannot be written \(No space left on device\); make room",
+    ):
         train.main(small_config(tmp_path, **OPTIONS))
 
 
@@ -238,7 +300,9 @@ def test_a_checkpoint_from_a_stranger_runs_no_code(tmp_path, straight):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("name", ["state.pt", "pytorch_lora_weights.safetensors", "discriminator.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["state.pt", "pytorch_lora_weights.safetensors", "discriminator.safetensors"]
+)
 @pytest.mark.parametrize("harm", ["cut", "gone"])
 def test_a_damaged_checkpoint_is_named(tmp_path, name, harm):
     c = small_config(tmp_path, **OPTIONS)
@@ -247,8 +311,11 @@ def test_a_damaged_checkpoint_is_named(tmp_path, name, harm):
     data = path.read_bytes()
     path.unlink()
     if harm == "cut":
-        path.write_bytes(data[:len(data) // 2])
-    with pytest.raises(SystemExit, match="step-000001: not a whole checkpoint .*delete it, and --resume takes the one before"):
+        path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(
+        SystemExit,
+        match="step-000001: not a whole checkpoint .*delete it, and --resume takes the one before",
+    ):
         train.main(replace(c, resume=True))
 
 
@@ -274,7 +341,9 @@ def test_what_would_not_be_the_same_run_is_not_resumed(tmp_path):
     with pytest.raises(SystemExit, match="--lr .*then.*now"):
         train.main(replace(again, lr=0.5))
     listed.write_text("a red ring\na blue cross\na black circle\n")
-    with pytest.raises(SystemExit, match="the content of .*my prompts.txt is not what it was at step-000001"):
+    with pytest.raises(
+        SystemExit, match="the content of .*my prompts.txt is not what it was at step-000001"
+    ):
         train.main(again)
     assert output.newest(c.out).name == "step-000001"
 
@@ -290,6 +359,7 @@ def test_resuming_where_nothing_is_starts(tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad numbers
 
+
 @pytest.fixture
 def run(tmp_path):
     run = train.setup(small_config(tmp_path, **OPTIONS))
@@ -304,17 +374,23 @@ def weights(run):
 
 def spoil_loss(run, monkeypatch):
     plain = losses.caption_loss
+
     def loss(captioner, tokenizer, images, prompts, *rest):
-        return plain(captioner, tokenizer, images, prompts, *rest) * torch.tensor([1.0, float("nan")])
+        return plain(captioner, tokenizer, images, prompts, *rest) * torch.tensor(
+            [1.0, float("nan")]
+        )
+
     monkeypatch.setattr(losses, "caption_loss", loss)
 
 
 def spoil_latents(run, monkeypatch):
     plain = diffusion.sample
+
     def sampled(*args, **more):
         z, states = plain(*args, **more)
         z[1, 0, 0, 0] = float("inf")
         return z, states
+
     monkeypatch.setattr(diffusion, "sample", sampled)
 
 
@@ -325,9 +401,11 @@ def spoil_images(run, monkeypatch):
 
 def spoil_replay(run, monkeypatch):
     plain = diffusion.replay
+
     def replayed(*args):
         plain(*args)
         run.parameters[3].grad[0] = float("inf")
+
     monkeypatch.setattr(diffusion, "replay", replayed)
 
 
@@ -344,18 +422,32 @@ def spoil_discriminator(run, monkeypatch):
 BATCH = "the gradient of its batch is not finite"
 
 
-@pytest.mark.parametrize(("spoil", "why"), [
-    (spoil_loss, "a loss or its gradient is not finite"), (spoil_latents, "the sampled latents are not finite"),
-    (spoil_images, "the VAE's image is not finite"), (spoil_replay, BATCH), (spoil_attention, BATCH),
-    (spoil_discriminator, BATCH)])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_named(run, monkeypatch, capsys, spoil, why):
-    before, moments = weights(run), [dict(o.state) for o in (run.optimizer, run.discriminator_optimizer)]
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (spoil_loss, "a loss or its gradient is not finite"),
+        (spoil_latents, "the sampled latents are not finite"),
+        (spoil_images, "the VAE's image is not finite"),
+        (spoil_replay, BATCH),
+        (spoil_attention, BATCH),
+        (spoil_discriminator, BATCH),
+    ],
+)
+def test_a_step_that_is_not_finite_changes_nothing_and_is_named(
+    run, monkeypatch, capsys, spoil, why
+):
+    before, moments = (
+        weights(run),
+        [dict(o.state) for o in (run.optimizer, run.discriminator_optimizer)],
+    )
     with monkeypatch.context() as patch:
         spoil(run, patch)
         log = train.train_step(run)
-    assert same(weights(run), before) and moments == [dict(o.state) for o in (run.optimizer, run.discriminator_optimizer)]
+    assert same(weights(run), before) and moments == [
+        dict(o.state) for o in (run.optimizer, run.discriminator_optimizer)
+    ]
     assert log["skipped"] == 1 and run.skipped == 1
-    named = train.prompt_lists.batch_of(run.prompts, 0, 2, 0)[0 if why == BATCH else 1:]
+    named = train.prompt_lists.batch_of(run.prompts, 0, 2, 0)[0 if why == BATCH else 1 :]
     assert [prompt for prompt, *_ in log["trouble"]] == named
     assert all(said.startswith(why) and fatal for _, said, fatal in log["trouble"])
     train.check_trouble(run, log)
@@ -369,22 +461,32 @@ def test_too_many_skipped_steps_end_the_run_and_keep_the_checkpoint(tmp_path, mo
     c = small_config(tmp_path, **{**OPTIONS, "steps": 9, "max_skips": 3, "caption_weight": 1.0})
     plain = losses.caption_loss
     calls = []
+
     def loss(*args, **more):
         calls.append(1)
         return plain(*args, **more) * (1.0 if len(calls) in (1, 4) else float("nan"))
+
     monkeypatch.setattr(losses, "caption_loss", loss)
-    with pytest.raises(SystemExit, match="3 steps in a row had a loss or gradient that is not finite .*lower --lr"):
+    with pytest.raises(
+        SystemExit, match="3 steps in a row had a loss or gradient that is not finite .*lower --lr"
+    ):
         train.main(c)
     rows = [json.loads(line, parse_constant=pytest.fail) for line in open(c.out / "log.jsonl")]
-    assert [row.get("skipped", 0) for row in rows] == [0, 1, 1, 0, 1, 1, 1] and rows[1]["loss_caption"] == "nan"
+    assert [row.get("skipped", 0) for row in rows] == [0, 1, 1, 0, 1, 1, 1] and rows[1][
+        "loss_caption"
+    ] == "nan"
     assert output.newest(c.out).name == "step-000006"
 
 
 def test_black_images_are_named_but_do_no_harm(run, monkeypatch):
     plain = diffusion.decode
-    monkeypatch.setattr(diffusion, "decode", lambda pipe, z: plain(pipe, z) * torch.tensor([1.0, 0.0]).view(2, 1, 1, 1))
+    monkeypatch.setattr(
+        diffusion,
+        "decode",
+        lambda pipe, z: plain(pipe, z) * torch.tensor([1.0, 0.0]).view(2, 1, 1, 1),
+    )
     log = train.train_step(run)
-    (prompt, why, fatal), = log["trouble"]
+    ((prompt, why, fatal),) = log["trouble"]
     assert why == "the VAE's image is black" and not fatal and "skipped" not in log
 
 
@@ -396,6 +498,7 @@ def test_there_is_no_half_precision_that_needs_loss_scaling(capsys):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches and processes
+
 
 def gradients_of_a_step(folder, **changes):
     run = train.setup(small_config(folder, **{**OPTIONS, **changes}))
@@ -430,9 +533,24 @@ def test_accumulated_batches_are_the_large_batch(tmp_path, large):
 def start_ranks(script, processes=2):
     """Starts the processes by hand, as torchrun would, but with nobody to watch over them."""
     port = str(20000 + random.SystemRandom().randrange(20000))
-    return [subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={
-        **os.environ, "OMP_NUM_THREADS": "1", "RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for i in range(processes)]
+    return [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "RANK": str(i),
+                "LOCAL_RANK": str(i),
+                "WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            },
+        )
+        for i in range(processes)
+    ]
 
 
 def ranks_of(folder, body, **changes):
@@ -475,7 +593,9 @@ def test_a_bad_number_in_one_process_skips_the_step_in_all(two_processes):
     listed = train.prompt_lists.read(configuration.PRESETS["shapes"][1].prompts)
     spoilt = train.prompt_lists.batch_of(listed, 0, 2, 0, process=1, processes=2)
     for log, _ in two_processes:
-        assert log["skipped"] and log["trouble"] == [(p, "a loss or its gradient is not finite", True) for p in spoilt]
+        assert log["skipped"] and log["trouble"] == [
+            (p, "a loss or its gradient is not finite", True) for p in spoilt
+        ]
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", pytest.param("SIGSTOP", marks=slow)])
@@ -493,7 +613,9 @@ train.main(c)
     second.kill()
     second.communicate()
     assert first.returncode == 1
-    assert "Traceback" not in said and "train.py: another process has gone or does not answer" in said, said[-2000:]
+    assert (
+        "Traceback" not in said and "train.py: another process has gone or does not answer" in said
+    ), said[-2000:]
     assert output.newest(tmp_path / "run").name == "step-000001"
 
 
@@ -511,8 +633,10 @@ train.main(c)
 """
     ends = ranks_of(tmp_path, body)
     assert [code for _, code in ends] == [1, 1], ends
-    named = ("--lr is 0.003 and 0.006; the content of --prompts is file of 0 and file of 1; "
-             "the checkpoint to go on from is 0 and 1\n")
+    named = (
+        "--lr is 0.003 and 0.006; the content of --prompts is file of 0 and file of 1; "
+        "the checkpoint to go on from is 0 and 1\n"
+    )
     assert all(f"train.py: the processes do not agree: {named}" in said for said, _ in ends), ends
     assert not (tmp_path / "run").exists()
 
@@ -529,8 +653,18 @@ def step(run):
 train.train_step = step
 train.main(c)
 """
-    done = command(write_script(tmp_path, body, **OPTIONS), modules=(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 1, "--max-restarts", 1))
+    done = command(
+        write_script(tmp_path, body, **OPTIONS),
+        modules=(
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            1,
+            "--max-restarts",
+            1,
+        ),
+    )
     assert done.returncode == 0 and (tmp_path / "killed").exists(), done.stderr[-2000:]
     assert same(state_of(tmp_path / "run"), straight)
 
@@ -551,7 +685,9 @@ def test_other_processes_may_take_up_the_run(tmp_path, straight):
 
 
 def test_agreement_is_checked_by_value(monkeypatch):
-    monkeypatch.setattr(parallel, "gather", lambda rows, processes: [rows[0], {**rows[0], "--seed": "1"}])
+    monkeypatch.setattr(
+        parallel, "gather", lambda rows, processes: [rows[0], {**rows[0], "--seed": "1"}]
+    )
     monkeypatch.setattr(parallel, "hash_of", lambda path: "equal")
     run = type("R", (), {"config": configuration.PRESETS["shapes"][1], "step": 0, "processes": 2})
     with pytest.raises(ValueError, match="do not agree: --seed is 0 and 1$"):

@@ -1,4 +1,5 @@
 """The formulas, against golden values, sums by hand and small cases that can be checked on paper."""
+
 import json
 import math
 
@@ -17,6 +18,7 @@ PREFIX = "a photography of"
 # ---------------------------------------------------------------------------------------------------------------------
 # Token and pixel losses
 
+
 def golden_cases():
     if not GOLDEN.exists():
         return [pytest.param(None, id="absent", marks=pytest.mark.skip("no golden values here"))]
@@ -25,7 +27,9 @@ def golden_cases():
     for meta in json.loads(str(data["meta"])):
         name = f"case{meta['case']}"
         maps = [torch.tensor(data[k]) for k in sorted(data) if k.startswith(f"{name}_attention")]
-        cases.append(pytest.param((meta, maps, torch.tensor(data[f"{name}_masks"])), id=meta["name"]))
+        cases.append(
+            pytest.param((meta, maps, torch.tensor(data[f"{name}_masks"])), id=meta["name"])
+        )
     return cases
 
 
@@ -50,12 +54,18 @@ LEFT = torch.tensor([[[1.0, 0.0]]])
 
 def test_token_loss_by_hand():
     assert losses.token_loss([LITTLE], [(0,)], LEFT).item() == pytest.approx(0.4 / 1.2)
-    assert losses.token_loss([LITTLE], [(0,)], LEFT, "official").item() == pytest.approx((0.4 / 1.2) ** 2)
+    assert losses.token_loss([LITTLE], [(0,)], LEFT, "official").item() == pytest.approx(
+        (0.4 / 1.2) ** 2
+    )
     both = [(0, 1)]
     assert losses.token_loss([LITTLE], both, LEFT).item() == pytest.approx(0.4 / 1.2 + 0.6 / 0.8)
-    assert losses.token_loss([LITTLE] * 2, both, LEFT).item() == pytest.approx(0.4 / 1.2 + 0.6 / 0.8)
+    assert losses.token_loss([LITTLE] * 2, both, LEFT).item() == pytest.approx(
+        0.4 / 1.2 + 0.6 / 0.8
+    )
     official = ((0.4 / 1.2) ** 2 + (0.6 / 0.8) ** 2) / 2
-    assert losses.token_loss([LITTLE] * 2, both, LEFT, "official").item() == pytest.approx(2 * official)
+    assert losses.token_loss([LITTLE] * 2, both, LEFT, "official").item() == pytest.approx(
+        2 * official
+    )
     two = losses.token_loss([LITTLE], [(0,), (1,)], torch.cat([LEFT, 1 - LEFT]))
     assert two.item() == pytest.approx((0.4 / 1.2 + 0.2 / 0.8) / 2)
 
@@ -74,12 +84,18 @@ def test_pixel_loss_by_hand():
     assert losses.pixel_loss([LITTLE], [(0,)], 0 * LEFT).item() == pytest.approx(empty)
     both = losses.pixel_loss([LITTLE], [(0,), (0,)], torch.cat([LEFT, 0 * LEFT])).item()
     assert both == pytest.approx((one + empty) / 2)
-    assert losses.pixel_loss([LITTLE, LITTLE], [(0,)], LEFT, "official").item() == pytest.approx(one)  # one resolution
+    assert losses.pixel_loss([LITTLE, LITTLE], [(0,)], LEFT, "official").item() == pytest.approx(
+        one
+    )  # one resolution
     tall = LITTLE.transpose(1, 2)
-    mask = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])  # upper half: at 1 x 2 cells both are half covered
+    mask = torch.tensor(
+        [[[1.0, 1.0], [0.0, 0.0]]]
+    )  # upper half: at 1 x 2 cells both are half covered
     flat = -(math.log(0.8) + math.log(0.4)) / 2
     assert losses.pixel_loss([LITTLE, tall], [(0,)], mask).item() == pytest.approx((flat + one) / 2)
-    assert losses.pixel_loss([LITTLE, tall], [(0,)], mask, "official").item() == pytest.approx(flat + one)
+    assert losses.pixel_loss([LITTLE, tall], [(0,)], mask, "official").item() == pytest.approx(
+        flat + one
+    )
 
 
 def test_pixel_loss_is_finite_at_the_edges():
@@ -130,6 +146,7 @@ def test_a_tiny_object_keeps_its_best_cell_and_an_empty_mask_stays_empty():
 # ---------------------------------------------------------------------------------------------------------------------
 # Captioner
 
+
 @pytest.fixture(scope="module")
 def captioner():
     return tiny_captioner()
@@ -139,16 +156,24 @@ def log_probability(captioner, tokenizer, image, prompt):
     """log p(prompt and end | image, prefix), one token at a time from a growing prefix; and the number of tokens."""
     model, ids = captioner, tokenizer(f"{PREFIX} {prompt}").input_ids
     ids = [model.config.text_config.bos_token_id, *ids[1:]]
-    features = model.vision_model(pixel_values=losses.captioner_input(model, image[None])).last_hidden_state
+    features = model.vision_model(
+        pixel_values=losses.captioner_input(model, image[None])
+    ).last_hidden_state
     total, first = 0.0, 1 + len(PREFIX.split())
     for n in range(first, len(ids)):
-        logits = model.text_decoder(input_ids=torch.tensor([ids[:n]]), encoder_hidden_states=features).logits[0, -1]
+        logits = model.text_decoder(
+            input_ids=torch.tensor([ids[:n]]), encoder_hidden_states=features
+        ).logits[0, -1]
         total = total + logits.double().log_softmax(-1)[ids[n]]
     assert ids[-1] == tokenizer.sep_token_id
     return total, len(ids) - first
 
 
-CAPTIONS = ["a red circle and a blue square", "a ring", "a white cross and the black triangle next to a ring"]
+CAPTIONS = [
+    "a red circle and a blue square",
+    "a ring",
+    "a white cross and the black triangle next to a ring",
+]
 
 
 def test_caption_loss_is_the_sum_of_the_log_probabilities(captioner):
@@ -164,7 +189,9 @@ def test_caption_loss_is_the_sum_of_the_log_probabilities(captioner):
 
 def test_label_smoothing_only_when_asked(captioner):
     images = torch.rand(1, 3, 32, 32)
-    plain, smooth = (losses.caption_loss(*captioner, images, CAPTIONS[:1], label_smoothing=s) for s in (0.0, 0.1))
+    plain, smooth = (
+        losses.caption_loss(*captioner, images, CAPTIONS[:1], label_smoothing=s) for s in (0.0, 0.1)
+    )
     assert (plain - smooth).abs().item() > 1e-3
 
 
@@ -173,8 +200,12 @@ def test_gradient_reaches_the_image_and_not_the_captioner(captioner):
     losses.caption_loss(*captioner, images, CAPTIONS[:2])[0].backward()
     assert images.grad[0].abs().max() > 0 and images.grad[1].abs().max() == 0
     assert all(p.grad is None for p in captioner[0].parameters())
-    step = 0.02 * images.grad / images.grad.square().sum()  # against it the loss falls by 0.02, to first order
-    before, after = (losses.caption_loss(*captioner, x, CAPTIONS[:2])[0].item() for x in (images, images - step))
+    step = (
+        0.02 * images.grad / images.grad.square().sum()
+    )  # against it the loss falls by 0.02, to first order
+    before, after = (
+        losses.caption_loss(*captioner, x, CAPTIONS[:2])[0].item() for x in (images, images - step)
+    )
     assert before - after == pytest.approx(0.02, rel=0.05)
 
 
@@ -182,12 +213,16 @@ def test_gradient_reaches_the_image_and_not_the_captioner(captioner):
 def test_what_blip_sees_is_a_normalised_image(captioner, size):
     seen = []
     handle = captioner[0].vision_model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True)
+        lambda module, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True
+    )
     coarse = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     images = F.interpolate(coarse, (size, size), mode="bilinear")
     losses.caption_loss(*captioner, images, ["a ring"] * 4)
     handle.remove()
-    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    mean, std = (
+        torch.tensor([0.48145466, 0.4578275, 0.40821073]),
+        torch.tensor([0.26862954, 0.26130258, 0.27577711]),
+    )
     assert seen[0].shape == (4, 3, 32, 32)
     expected = (images.mean((0, 2, 3)) - mean) / std, images.std((0, 2, 3)) / std
     torch.testing.assert_close(seen[0].mean((0, 2, 3)), expected[0], rtol=0, atol=0.01)
@@ -204,7 +239,9 @@ def test_shifted_copies():
     padded = F.pad(images, (2, 2, 2, 2), mode="replicate")
     corners = set()
     for i, copy in enumerate(copies):
-        windows = {(y, x): padded[i % 2, :, y:y + 10, x:x + 10] for y in range(5) for x in range(5)}
+        windows = {
+            (y, x): padded[i % 2, :, y : y + 10, x : x + 10] for y in range(5) for x in range(5)
+        }
         matches = [corner for corner, window in windows.items() if torch.equal(copy, window)]
         assert len(matches) == 1
         corners.update(matches)
@@ -215,6 +252,7 @@ def test_shifted_copies():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Adversarial losses
+
 
 def test_adversarial_losses_by_hand():
     real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-1.0, 3.0])

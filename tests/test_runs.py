@@ -1,4 +1,5 @@
 """Whole runs: resume bit for bit, two processes, and what a stock pipeline makes of the saved adapter."""
+
 import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -28,15 +29,22 @@ def run_steps(c, until, checkpoint=None):
     configuration.save(c, c.out / "config.json")
     log = output.Log(run)
     while run.step < until:
-        log.write(run.step, {k: v for k, v in train.train_step(run).items() if not k.startswith("seconds")})
+        log.write(
+            run.step,
+            {k: v for k, v in train.train_step(run).items() if not k.startswith("seconds")},
+        )
         run.step += 1
     output.save_checkpoint(run)
     return run
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
-    options = dict(**ALL_LOSSES, warmup=1, lr_end=0.5, beta1=0.5, caption_copies=2, caption_shift=0.1)
-    straight, broken = (small_config(tmp_path, out=tmp_path / name, **options) for name in ("straight", "broken"))
+    options = dict(
+        **ALL_LOSSES, warmup=1, lr_end=0.5, beta1=0.5, caption_copies=2, caption_shift=0.1
+    )
+    straight, broken = (
+        small_config(tmp_path, out=tmp_path / name, **options) for name in ("straight", "broken")
+    )
     run_steps(straight, 4)
     run_steps(broken, 2)
     log = output.Log(type("Run", (), {"process": 0, "config": broken, "step": 2}))
@@ -46,11 +54,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
 
     ends = [c.out / "checkpoints/latest" for c in (straight, broken)]
     names = [sorted(p.name for p in end.iterdir()) for end in ends]
-    assert names == [["discriminator.safetensors", "pytorch_lora_weights.safetensors", "state.pt"]] * 2
+    assert (
+        names == [["discriminator.safetensors", "pytorch_lora_weights.safetensors", "state.pt"]] * 2
+    )
     for name in names[0][:2]:
         weights = [load_file(end / name) for end in ends]
         assert same(*weights)
-        assert any(w.abs().max() > 0 for k, w in weights[0].items() if "lora.up" in k or "lora_B" in k)  # zero at first
+        assert any(
+            w.abs().max() > 0 for k, w in weights[0].items() if "lora.up" in k or "lora_B" in k
+        )  # zero at first
     states = [torch.load(end / "state.pt", weights_only=True) for end in ends]
     assert same(*states) and states[0]["step"] == 4 and states[0]["optimizer"]["state"]
     logs = [[json.loads(line) for line in open(c.out / "log.jsonl")] for c in (straight, broken)]
@@ -69,8 +81,16 @@ def finished(tmp_path_factory):
     return c, run
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("lr", 0.5), ("grad_steps", 3), ("seed", 1), ("attention_blocks", ("mid_block",)), ("through_inputs", True)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("lr", 0.5),
+        ("grad_steps", 3),
+        ("seed", 1),
+        ("attention_blocks", ("mid_block",)),
+        ("through_inputs", True),
+    ],
+)
 def test_resume_refuses_another_recipe_and_names_the_field(finished, field, value):
     c = replace(finished[0], resume=True)
     assert output.open_output(c).name == "step-000000"
@@ -100,9 +120,11 @@ def test_config_survives_its_file(finished, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # The saved adapter elsewhere
 
+
 @torch.no_grad()
 def test_a_stock_pipeline_with_the_saved_adapter_draws_our_image(finished):
     from diffusers import StableDiffusionXLPipeline
+
     c, run = finished
     tuned, base = sample.generate(run.pipe, run.plan, PROMPTS, c.guidance_scale, c.resolution)
     stock = StableDiffusionXLPipeline.from_pretrained(configuration.SHAPES / "pipeline")
@@ -110,8 +132,15 @@ def test_a_stock_pipeline_with_the_saved_adapter_draws_our_image(finished):
 
     def draw():
         generators = [torch.Generator().manual_seed(sample.SEED + i) for i in range(2)]
-        return stock(PROMPTS, height=32, width=32, num_inference_steps=16, guidance_scale=c.guidance_scale,
-                     generator=generators, output_type="pt").images
+        return stock(
+            PROMPTS,
+            height=32,
+            width=32,
+            num_inference_steps=16,
+            guidance_scale=c.guidance_scale,
+            generator=generators,
+            output_type="pt",
+        ).images
 
     torch.testing.assert_close(draw(), base, rtol=0, atol=1e-4)
     stock.load_lora_weights(c.out / "checkpoints/latest")
@@ -122,8 +151,12 @@ def test_a_stock_pipeline_with_the_saved_adapter_draws_our_image(finished):
 def test_open_run_reads_back_what_was_saved(finished):
     c, run = finished
     config, pipe, plan = sample.open_run(c.out)
-    again = sample.generate(pipe, plan, PROMPTS, c.guidance_scale, c.resolution, adapters=(diffusion.ADAPTER,))
-    ours = sample.generate(run.pipe, run.plan, PROMPTS, c.guidance_scale, c.resolution, adapters=(diffusion.ADAPTER,))
+    again = sample.generate(
+        pipe, plan, PROMPTS, c.guidance_scale, c.resolution, adapters=(diffusion.ADAPTER,)
+    )
+    ours = sample.generate(
+        run.pipe, run.plan, PROMPTS, c.guidance_scale, c.resolution, adapters=(diffusion.ADAPTER,)
+    )
     assert config == c
     torch.testing.assert_close(again[0], ours[0], rtol=0, atol=1e-5)
 
@@ -165,7 +198,9 @@ def two_ranks(tmp_path_factory):
     options = "adversarial_weight=0.5, clip_norm=1e9, beta1=0.0, lr=0.1"
     places = {"root": str(ROOT), "tests": str(ROOT / "tests"), "folder": str(folder)}
     script.write_text(RANK_SCRIPT.format(**places, options=options))
-    done = command(script, modules=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2))
+    done = command(
+        script, modules=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return folder, [torch.load(folder / f"rank{i}.pt") for i in range(2)]
 
@@ -192,8 +227,11 @@ def test_the_log_is_of_all_processes(two_ranks):
 def test_two_processes_take_the_mean_of_their_gradients(two_ranks, tmp_path, monkeypatch):
     """The first step again, each rank's gradient alone in this process: the update is their mean, not one of them."""
     gradients = []
-    monkeypatch.setattr(train, "average_gradients", lambda parameters, *rest: gradients.append(
-        [p.grad.clone() for p in parameters]) or 0.0)
+    monkeypatch.setattr(
+        train,
+        "average_gradients",
+        lambda parameters, *rest: gradients.append([p.grad.clone() for p in parameters]) or 0.0,
+    )
     monkeypatch.setattr(train.parallel, "gather", lambda rows, processes: rows)
     for rank in range(2):
         c = small_config(tmp_path, clip_norm=1e9, beta1=0.0, lr=0.1)
@@ -205,7 +243,9 @@ def test_two_processes_take_the_mean_of_their_gradients(two_ranks, tmp_path, mon
         if b.abs().max() > 0:  # lora_B: the gradient of lora_A is zero while B is
             mean, lr = (a + b) / 2, c.lr  # AdamW's first step is lr times the sign of the gradient
             clear = mean.abs() > 1e-2 * mean.abs().max()
-            torch.testing.assert_close((found - p)[clear], -lr * mean.sign()[clear], rtol=1e-2, atol=1e-2 * lr)
+            torch.testing.assert_close(
+                (found - p)[clear], -lr * mean.sign()[clear], rtol=1e-2, atol=1e-2 * lr
+            )
             assert (a.sign() != mean.sign())[clear].any()
 
 
@@ -214,10 +254,38 @@ def test_two_machines_train_alike(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    flags = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d",
-             "--rdzv_endpoint", f"127.0.0.1:{port}", "train.py", "shapes", "--steps", 3, "--batch", 2, "--num-steps", 3,
-             "--grad-steps", 1, "--rank", 4, "--checkpoint-every", 1, "--eval-count", 2, "--out", tmp_path / "run",
-             "--references", tmp_path / "references"]
+    flags = [
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        2,
+        "--nproc_per_node",
+        1,
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        f"127.0.0.1:{port}",
+        "train.py",
+        "shapes",
+        "--steps",
+        3,
+        "--batch",
+        2,
+        "--num-steps",
+        3,
+        "--grad-steps",
+        1,
+        "--rank",
+        4,
+        "--checkpoint-every",
+        1,
+        "--eval-count",
+        2,
+        "--out",
+        tmp_path / "run",
+        "--references",
+        tmp_path / "references",
+    ]
     with ThreadPoolExecutor(2) as pool:
         done = list(pool.map(lambda _: command(*flags), range(2)))
     assert [d.returncode for d in done] == [0, 0], done[0].stderr[-2000:] + done[1].stderr[-2000:]
@@ -245,6 +313,10 @@ def step(run):
 train.train_step = step
 train.main(small_config(Path({str(tmp_path)!r}), steps=1))
 """)
-    done = command(script, modules=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2))
-    assert done.returncode != 0 and "step 1: the processes' weights have drifted apart" in done.stderr
+    done = command(
+        script, modules=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+    )
+    assert (
+        done.returncode != 0 and "step 1: the processes' weights have drifted apart" in done.stderr
+    )
     assert not (tmp_path / "run/checkpoints").exists()

@@ -1,4 +1,5 @@
 """The embedded world: grammar, renderer, oracle, segmenter, and what is in weights/shapes."""
+
 import random
 from dataclasses import replace
 
@@ -24,14 +25,20 @@ def verdict(drawn, prompt, seed=0):
 # ---------------------------------------------------------------------------------------------------------------------
 # Oracle
 
+
 def test_the_oracle_reads_clean_renders_right():
     rng = random.Random(0)
     for prompt in rng.sample(shapes.all_prompts(2, True) + shapes.all_prompts(2, False), 200):
         objects = shapes.objects_of(prompt)
         image = picture(rng, objects)
         assert sorted(shapes.read(image)) == sorted(objects), prompt
-        assert shapes.score(image, prompt) == {"fully_right": 1.0, "all_asked": 1.0, "objects_present": 1.0,
-                                               "attributes_bound": 1.0, "extra_objects": 0.0}
+        assert shapes.score(image, prompt) == {
+            "fully_right": 1.0,
+            "all_asked": 1.0,
+            "objects_present": 1.0,
+            "attributes_bound": 1.0,
+            "extra_objects": 0.0,
+        }
 
 
 PROMPT = "a red circle and a blue square"
@@ -39,8 +46,14 @@ CASES = {  # what is drawn: fully_right, all_asked, objects_present, attributes_
     "an object is missing": ((("red", "circle"),), (0, 0, 0.5, 1, 0)),
     "colours are swapped": ((("blue", "circle"), ("red", "square")), (0, 0, 1, 0, 0)),
     "one colour has leaked": ((("red", "circle"), ("red", "square")), (0, 0, 1, 0.5, 0)),
-    "an object is extra": ((("red", "circle"), ("blue", "square"), ("green", "ring")), (0, 1, 1, 1, 1)),
-    "another copy is extra": ((("red", "circle"), ("blue", "square"), ("blue", "square")), (0, 1, 1, 1, 1)),
+    "an object is extra": (
+        (("red", "circle"), ("blue", "square"), ("green", "ring")),
+        (0, 1, 1, 1, 1),
+    ),
+    "another copy is extra": (
+        (("red", "circle"), ("blue", "square"), ("blue", "square")),
+        (0, 1, 1, 1, 1),
+    ),
     "other objects": ((("green", "ring"), ("white", "cross")), (0, 0, 0, NAN, 0)),
     "nothing": ((), (0, 0, 0, NAN, 0)),
 }
@@ -50,8 +63,11 @@ CASES = {  # what is drawn: fully_right, all_asked, objects_present, attributes_
 def test_the_oracles_judgement(case):
     drawn, expected = CASES[case]
     for seed in range(5):
-        found = list(verdict(drawn, PROMPT, seed).values()) if drawn else list(
-            shapes.score(torch.full((3, 32, 32), shapes.GREY), PROMPT).values())
+        found = (
+            list(verdict(drawn, PROMPT, seed).values())
+            if drawn
+            else list(shapes.score(torch.full((3, 32, 32), shapes.GREY), PROMPT).values())
+        )
         assert found == pytest.approx(list(expected), nan_ok=True)
 
 
@@ -61,7 +77,9 @@ def test_the_order_of_a_prompt_does_not_matter():
 
 def test_a_blob_is_no_shape():
     image = torch.full((3, 32, 32), shapes.GREY)
-    image[:, 3:28, 5:8] = image[:, 25:28, 5:28] = torch.tensor(shapes.COLOURS["red"])[:, None, None]  # an L
+    image[:, 3:28, 5:8] = image[:, 25:28, 5:28] = torch.tensor(shapes.COLOURS["red"])[
+        :, None, None
+    ]  # an L
     assert shapes.read(image) == [("red", None)]
 
 
@@ -77,6 +95,7 @@ def test_noise_does_not_confuse_the_oracle():
 # ---------------------------------------------------------------------------------------------------------------------
 # Grammar and lists
 
+
 def sets_of(listed):
     return {frozenset(shapes.objects_of(p)) for p in listed}
 
@@ -88,12 +107,16 @@ def test_training_and_held_out_prompts_share_no_object_set():
     assert 0.2 < len(held_out) / (len(train) + len(held_out)) < 0.4
     rng = random.Random(0)
     assert not any(shapes.is_held_out(shapes.random_scene(rng)[0]) for _ in range(300))
-    assert all(shapes.is_held_out(tuple(reversed(o))) == shapes.is_held_out(o)
-               for o in map(shapes.objects_of, train[:50] + held_out[:50]))
+    assert all(
+        shapes.is_held_out(tuple(reversed(o))) == shapes.is_held_out(o)
+        for o in map(shapes.objects_of, train[:50] + held_out[:50])
+    )
 
 
 def test_the_lists_in_weights_are_the_two_sides_of_the_split():
-    train, held_out = (prompts.read(config.SHAPES / f"prompts/{name}.txt") for name in ("train", "heldout"))
+    train, held_out = (
+        prompts.read(config.SHAPES / f"prompts/{name}.txt") for name in ("train", "heldout")
+    )
     assert sorted(train) == sorted(shapes.all_prompts(2, False))
     assert sorted(held_out) == sorted(shapes.all_prompts(2, True))
     assert train != sorted(train)
@@ -108,6 +131,7 @@ def test_a_prompt_is_its_objects():
 # ---------------------------------------------------------------------------------------------------------------------
 # Segmenter and weights
 
+
 def test_the_segmenter_finds_each_noun_and_nothing_else():
     segmenter = masks.load_segmenter(config.PRESETS["shapes"][1])
     rng, overlaps, absent = random.Random(2), [], []
@@ -116,7 +140,7 @@ def test_the_segmenter_finds_each_noun_and_nothing_else():
         things = shapes.place(rng, objects)
         other = next(s for s in shapes.SHAPES if s not in {t.shape for t in things})
         image = shapes.render(things)[None]
-        found, = segmenter.masks(image, [[*(t.shape for t in things), other, "dog"]])
+        (found,) = segmenter.masks(image, [[*(t.shape for t in things), other, "dog"]])
         assert found.shape == (4, 32, 32) and set(found.unique().tolist()) <= {0.0, 1.0}
         truth = shapes.coverage(things) > 0.5
         overlaps += [((f > 0) & t).sum() / ((f > 0) | t).sum() for f, t in zip(found, truth)]
@@ -138,14 +162,19 @@ def test_a_folder_without_a_segmenter_is_refused(tmp_path):
 
 def test_weights_are_small_enough_for_git():
     files = [p for p in config.SHAPES.rglob("*") if p.is_file()]
-    assert {"pipeline", "captioner", "segmenter", "prompts"} <= {p.relative_to(config.SHAPES).parts[0] for p in files}
-    assert sum(p.stat().st_size for p in files) <= 15 * 2 ** 20
+    assert {"pipeline", "captioner", "segmenter", "prompts"} <= {
+        p.relative_to(config.SHAPES).parts[0] for p in files
+    }
+    assert sum(p.stat().st_size for p in files) <= 15 * 2**20
 
 
 def test_the_captioner_prefers_the_true_caption():
     """The trained captioner and the loss agree on the world's nouns and colours."""
     import losses
-    captioner, tokenizer = losses.load_captioner(str(config.SHAPES / "captioner"), "cpu", torch.float32)
+
+    captioner, tokenizer = losses.load_captioner(
+        str(config.SHAPES / "captioner"), "cpu", torch.float32
+    )
     rng, right = random.Random(3), 0
     for _ in range(20):
         (colour, shape), other = objects = shapes.random_objects(rng, 2)

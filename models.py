@@ -1,0 +1,255 @@
+"""Loading at the edge: base pipelines, runs, LoRA files. What is not what it should be is refused
+in one line that names the flag; the libraries would go on with random weights, or only warn."""
+
+import re
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_unet_state_dict_to_peft
+
+import diffusion
+from config import PRESETS, unet_and_vae
+from utils import choose_device, first_line, load_config
+
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+
+# --------------------------------------------------------------------------------------------------
+# The base
+
+
+def open_pipeline(config):
+    """The pipeline and the Schedule that a Config names, on its device and in its dtype."""
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    unet, vae = unet_and_vae(config)
+    dtype, revision = getattr(torch, config.dtype), config.revision or None
+    pipe = load(config.model, unet, vae, revision, config.scheduler, choose_device(config), dtype)
+    return pipe, plan_of(pipe, config)
+
+
+def plan_of(pipe, config):
+    """The Schedule of a Config for a pipeline. Raises ValueError if they do not go together."""
+    cell = 8 * pipe.vae_scale_factor  # the UNet halves its maps up to three times
+    if config.resolution % cell:
+        raise ValueError(f"--resolution {config.resolution}: must be a multiple of {cell} here")
+    check_linear(pipe.scheduler, config.num_steps)
+    return diffusion.schedule(pipe.scheduler, config.num_steps)
+
+
+def check_linear(scheduler, num_steps):
+    """Refuses samplers that are not linear in the UNet's output."""
+    name, config = type(scheduler).__name__, scheduler.config
+    if type(scheduler) not in diffusion.SCHEDULERS.values():
+        raise ValueError(f"{name} is not linear in the UNet's output; use ddpm, ddim or euler")
+    for option in ("thresholding", "clip_sample"):
+        if config.get(option):
+            raise ValueError(f"the scheduler's {option} is not linear in the UNet's output")
+    if config.prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(f"prediction_type {config.prediction_type!r}: use epsilon or v_prediction")
+    if config.get("variance_type", "fixed_small") != "fixed_small":
+        raise ValueError(f"variance_type {config.variance_type!r}: use fixed_small")
+    if num_steps > config.num_train_timesteps:
+        raise ValueError(f"--num-steps {num_steps}: the model has {config.num_train_timesteps}")
+
+
+def load(
+    model, unet="", vae="", revision=None, scheduler="ddpm", device="cpu", dtype=torch.float32
+):
+    """A frozen Stable Diffusion or SDXL pipeline from a hub id or a folder in diffusers' format.
+
+    unet, vae: take this part from another hub id or folder. Raises ValueError, naming the flag."""
+    index = pipeline_index(model, revision)
+    parts = {}
+    if unet:
+        parts["unet"] = load_part("unet", UNet2DConditionModel, unet, dtype)
+    if vae:
+        parts["vae"] = load_part("vae", AutoencoderKL, vae, dtype)
+    if "safety_checker" in index:
+        parts |= {"safety_checker": None, "feature_extractor": None}
+        parts["requires_safety_checker"] = False
+    try:
+        for name in ("text_encoder", "text_encoder_2"):
+            if name in index:
+                cls = getattr(transformers, index[name][1])
+                options = {"subfolder": name, "dtype": dtype, "revision": revision}
+                parts[name] = load_whole(cls, model, **options)
+        pipe = DiffusionPipeline.from_pretrained(model, revision=revision, dtype=dtype, **parts)
+        check_weights(pipe.unet, pipe.vae)
+        check_tokenizer(pipe.tokenizer, pipe.text_encoder.config.vocab_size)
+    except Exception as error:  # of a damaged folder the libraries raise nearly anything
+        raise ValueError(f"--model {model}: cannot be loaded ({first_line(error)})") from error
+    settings = {"clip_sample": False, **pipe.scheduler.config}  # DDPM would clip latents as pixels
+    pipe.scheduler = diffusion.SCHEDULERS[scheduler].from_config(settings)
+    return freeze(pipe).to(device)
+
+
+def pipeline_index(model, revision):
+    """A pipeline's model_index.json."""
+    try:
+        index = DiffusionPipeline.load_config(model, revision=revision)
+    except (OSError, RecursionError) as error:
+        raise ValueError(
+            f"--model {model}: no diffusers pipeline there; give a hub id (needs the network once) "
+            f"or a folder with model_index.json ({first_line(error)})"
+        ) from None
+    kind = index.get("_class_name") if isinstance(index, dict) else None
+    if kind not in PIPELINES:
+        raise ValueError(f"--model {model}: is a {kind}; {' or '.join(PIPELINES)} is needed")
+    return index
+
+
+def load_part(flag, cls, source, dtype):
+    """A UNet or VAE from a hub id or a folder that is, or has in its subfolder `flag`, one."""
+    for subfolder in (flag, None):
+        try:
+            kind = cls.load_config(source, subfolder=subfolder).get("_class_name")
+        except OSError:
+            continue
+        if kind != cls.__name__:  # diffusers would go on with random weights
+            raise ValueError(f"--{flag} {source}: is a {kind}, not a {cls.__name__}")
+        try:
+            part = cls.from_pretrained(source, subfolder=subfolder, dtype=dtype)
+            check_weights(part)
+            return part
+        except Exception as error:  # as above
+            raise ValueError(
+                f"--{flag} {source}: cannot be loaded ({first_line(error)})"
+            ) from error
+    raise ValueError(
+        f"--{flag} {source}: no {cls.__name__} there; give a hub id (needs the network once) or a "
+        f"folder with config.json or {flag}/config.json"
+    )
+
+
+def check_weights(*parts):
+    """Refuses a model of diffusers that lacks weights: they stay on the meta device."""
+    if any(p.is_meta for part in parts for p in part.parameters()):
+        raise ValueError("weights are missing")
+
+
+def load_whole(cls, source, tolerated=0.1, **options):
+    """A transformers model whose weights are in its file; for missing ones transformers would go on
+    with random ones. tolerated: the share that may be missing, for a library may rename a few."""
+    model, report = cls.from_pretrained(source, output_loading_info=True, **options)
+    missing, count = len(report["missing_keys"]), len(model.state_dict())
+    if missing > tolerated * count:
+        raise ValueError(f"not a {cls.__name__}: {missing} of {count} weights are missing")
+    return model
+
+
+def check_tokenizer(tokenizer, words):
+    """Refuses a tokenizer of another model; from a folder without one transformers makes one."""
+    if not words // 2 < len(tokenizer) <= words:
+        raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, the model {words}")
+    tokenizer("a dog")
+
+
+def freeze(pipe):
+    """Freezes all modules of a pipeline and silences its progress bar."""
+    pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
+    return pipe
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs and LoRA files
+
+
+def open_run(out, checkpoint="latest", num_steps=0, lora="", base_only=False, device=""):
+    """(config, pipeline, Schedule) of an output folder, or, with lora or base_only, of a preset's
+    name. The pipeline's adapter `comat` is the checkpoint, or lora (folder, file or hub id); with
+    base_only there is none. num_steps, device: 0 and "" take the run's. Raises ValueError."""
+    out = Path(out)
+    if (out / "config.json").is_file():
+        config = load_config(out / "config.json")
+    elif str(out) not in PRESETS:
+        raise ValueError(
+            f"{out}: not an output folder of train.py (no config.json), nor a preset: "
+            f"{', '.join(PRESETS)}"
+        )
+    elif lora or base_only:
+        config = PRESETS[str(out)][1]
+    else:
+        raise ValueError(f"{out}: a preset has no checkpoint; give --base-only, --lora, or a run")
+    source = "" if base_only else lora or find_checkpoint(out, checkpoint)
+    steps, device = num_steps or config.num_steps, device or config.device
+    config = replace(config, num_steps=steps, device=device)
+    pipe, plan = open_pipeline(config)
+    if source:
+        load_lora(pipe, source, f"--lora {lora}" if lora else f"{source}: no finished checkpoint")
+    return config, pipe, plan
+
+
+def find_checkpoint(out, name):
+    """The folder of a whole checkpoint of a run; ValueError says what there is instead."""
+    folder = out / "checkpoints" / name
+    if (folder / "pytorch_lora_weights.safetensors").is_file() and not name.startswith("."):
+        return folder
+    have = sorted(path.name for path in (out / "checkpoints").glob("step-*"))
+    there = f"there are {', '.join(have)}" if have else "there is none; train first"
+    raise ValueError(f"{folder}: no finished checkpoint; {there}")
+
+
+def load_lora(pipe, source, complaint):
+    """Loads a LoRA (folder, file or hub id; diffusers' and kohya's formats) as the pipeline's
+    adapter `comat`, in fp32. Every tensor must have its layer in the UNet, of its shape, or
+    ValueError(complaint ...) is raised: diffusers loads what fits and only warns of the rest."""
+    source = str(source)
+    if not Path(source).exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        raise ValueError(f"{complaint}: no such file or folder, nor a hub id (user/name)")
+    try:
+        state = pipe.lora_state_dict(source, unet_config=pipe.unet.config)
+        state = state[0] if isinstance(state, tuple) else state
+    except Exception as error:  # diffusers, safetensors, the hub's client: each raises its own
+        raise ValueError(f"{complaint}: cannot be read as a LoRA ({first_line(error)})") from error
+    check_lora(pipe.unet, state, complaint)
+    try:
+        pipe.load_lora_weights(source, adapter_name=diffusion.ADAPTER)
+    except Exception as error:
+        raise ValueError(f"{complaint}: does not fit this base ({first_line(error)})") from error
+    for name, parameter in pipe.unet.named_parameters():
+        if f".{diffusion.ADAPTER}." in name:
+            parameter.data = parameter.data.float()  # as in training
+
+
+def check_lora(unet, state, complaint):
+    state = {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
+    if not any("lora_A" in key for key in state):
+        state = convert_unet_state_dict_to_peft(state)
+    layers = dict(unet.named_modules())
+    axes = {"A.weight": 1, "B.weight": 0}  # A: (rank, in, ...), B: (out, rank, ...)
+    matrices = 0
+    for key, value in state.items():
+        name, _, part = key.rpartition(".lora_")
+        if part not in axes:
+            continue
+        matrices += 1
+        axis, weight = axes[part], getattr(layers.get(name), "weight", None)
+        if weight is None or weight.shape[axis] != value.shape[axis]:
+            have = "no such layer" if weight is None else weight.shape[axis]
+            raise ValueError(
+                f"{complaint}: made for another architecture: {name} has {value.shape[axis]} "
+                f"{'inputs' if axis else 'outputs'}, this base: {have}"
+            )
+    if not matrices:
+        raise ValueError(f"{complaint}: holds no LoRA for a UNet")
+
+
+@contextmanager
+def using(pipe, name):
+    """Within the context the whole pipeline runs with an adapter, or, if name is None, as the
+    original model: a LoRA may have parts for the text encoders too."""
+    with ExitStack() as stack:
+        stack.enter_context(diffusion.adapter(pipe.unet, name))
+        for part in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)):
+            if name in (None, *getattr(part, "peft_config", ())):
+                stack.enter_context(diffusion.adapter(part, name))
+        yield

@@ -19,11 +19,9 @@ from typing import NamedTuple
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 import attention
 from entities import MAX_CHARS
@@ -93,20 +91,6 @@ def merged(unet, name):
     finally:
         for base, weight in zip(bases, frozen):
             base.data = weight
-
-
-def save_lora(pipe, folder, name):
-    """Writes an adapter in diffusers' own format: `pipe.load_lora_weights(folder)` reads it."""
-    state = get_peft_model_state_dict(pipe.unet, adapter_name=name)
-    layers = {k: v.contiguous() for k, v in convert_state_dict_to_diffusers(state).items()}
-    pipe.save_lora_weights(folder, unet_lora_layers=layers)
-
-
-def load_lora(pipe, folder, name):
-    """Reads what save_lora wrote into an adapter that is there."""
-    state, _ = pipe.lora_state_dict(folder)
-    state = {key.removeprefix("unet."): value for key, value in state.items()}
-    set_peft_model_state_dict(pipe.unet, convert_unet_state_dict_to_peft(state), name)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class Entity:
 # --------------------------------------------------------------------------------------------------
 # Rules as data
 
-# Lemmas of nouns with which alone a segmenter has nothing to find: places in a picture, abstractions.
+# By lemma: a segmenter given only one of these words has nothing to find.
 NOT_DEPICTABLE = """
     top bottom side left right front back rear middle center centre edge corner end part half
     foreground background inside outside interior exterior distance direction position place spot
@@ -98,7 +98,8 @@ PAINTED = ("paint", "color", "colour", "dye")  # "painted red", "painted in red"
 
 
 def next_word(word):
-    return word.nbor() if word.i + 1 < len(word.doc) else None
+    """The word after it; for the last the word itself."""
+    return word.doc[min(word.i + 1, len(word.doc) - 1)]
 
 
 def first_half(word):
@@ -111,12 +112,11 @@ def first_half(word):
 
 def is_misread_verb(word):
     """The "scurries" of "a mouse scurries across", misread as a plural: its article says "one"."""
-    after = next_word(word)
-    if word.tag_ != "NNS" or word.i == 0 or after is None or after.pos_ not in ("ADP", "ADV"):
+    if word.tag_ != "NNS" or next_word(word).pos_ not in ("ADP", "ADV"):
         return False
-    subject = word.nbor(-1)
-    is_subject = subject.tag_ in ("NN", "NNP") and subject.head == word
-    return is_subject and any(child.lower_ in ("a", "an") for child in word.lefts)
+    subjects = [child for child in word.lefts if child.tag_ in ("NN", "NNP")]
+    is_one = any(child.lower_ in ("a", "an") for child in word.lefts)
+    return is_one and word.nbor(-1) in subjects
 
 
 def is_misread_noun(word):
@@ -150,8 +150,7 @@ def is_modifier(word):
     """The "glass" of "a glass vase", the "fire" of "a fire hydrant": a noun, but no entity."""
     if word.dep_ in (*BEFORE_NOUN, "amod") and precedes_its_noun(word):
         return True
-    after = next_word(word)
-    return after is not None and first_half(after) == word
+    return first_half(next_word(word)) == word
 
 
 def coloured_noun(word):
@@ -161,9 +160,8 @@ def coloured_noun(word):
     """
     if word.lower_ not in COLOURS:
         return None
-    noun = next_word(word)
-    while noun is not None and noun.lower_ in (*COLOURS, "and", ",", "-"):
-        noun = next_word(noun)
+    after = word.doc[word.i + 1 :]
+    noun = next((w for w in after if w.lower_ not in (*COLOURS, "and", ",", "-")), None)
     if noun is None or noun.nbor(-1).lower_ not in COLOURS or not is_noun(noun):
         return None
     while noun.dep_ in BEFORE_NOUN and precedes_its_noun(noun):
@@ -184,9 +182,8 @@ def modifiers(noun):
 
 def phrase_words(noun):
     """The words that describe a noun in its phrase, to whichever word the parser gives them."""
-    after = next_word(noun)
-    verb = after if after is not None and is_misread_verb(after) else None
-    head = wrong_head(noun) or first_half(noun) or verb or noun
+    verb = next_word(noun)
+    head = wrong_head(noun) or first_half(noun) or (verb if is_misread_verb(verb) else noun)
     words = {*modifiers(head)}
     if head == first_half(noun):
         words.add(head)
@@ -196,7 +193,7 @@ def phrase_words(noun):
 
 def verbs_of(noun):
     """Verbs whose subject the noun is: "the dog is", "a dog that is", "a dog made"."""
-    first = min(noun, *noun.conjuncts) if noun.dep_ == "conj" else noun
+    first = min([noun, *noun.conjuncts])
     if first.dep_ in ("nsubj", "nsubjpass"):  # "the cat and the dog are black": both
         yield first.head
     for child in noun.rights:
@@ -276,11 +273,11 @@ def fit(prompt, tokenizer):
 
 def tokens_of(words, offsets):
     """Indices of the tokens that overlap any of the words."""
-    indices = set()
-    for word in words:
-        start, stop = word.idx, word.idx + len(word)
-        indices |= {i for i, (first, last) in enumerate(offsets) if first < stop and start < last}
-    return indices
+    return {
+        i
+        for i, (start, stop) in enumerate(offsets)
+        if any(start < word.idx + len(word) and word.idx < stop for word in words)
+    }
 
 
 def repeated(nouns):
@@ -366,23 +363,15 @@ def statistics(prompts, nlp=None):
         words = [entity.noun for entity in locate(nouns, offsets)]
         heads = [chunk.root for chunk in doc.noun_chunks if chunk.root.pos_ in NOUNS]
         depictable = [head for head in heads if head.lemma_.lower() not in NOT_DEPICTABLE]
-        count["with_entity"] += bool(words)
-        count["entities"] += len(words)
-        count["repeated"] += bool(repeated(nouns))
-        count["heads"] += len(heads)
+        count.update(prompts=1, with_entity=bool(words), entities=len(words))
+        count.update(repeated=bool(repeated(nouns)), heads=len(heads), depictable=len(depictable))
         count["heads_kept"] += sum(head.text in words for head in heads)
-        count["depictable"] += len(depictable)
-        count["depictable_kept"] += sum(head.text in words for head in depictable)
-    seconds = time.perf_counter() - start
-    return {
-        "prompts": len(prompts),
-        "with_entity": count["with_entity"] / len(prompts),
-        "entities": count["entities"] / len(prompts),
-        "heads_kept": count["heads_kept"] / max(count["heads"], 1),
-        "depictable_heads_kept": count["depictable_kept"] / max(count["depictable"], 1),
-        "repeated": count["repeated"] / len(prompts),
-        "prompts_per_second": len(prompts) / seconds,
-    }
+        count["depictable_heads_kept"] += sum(head.text in words for head in depictable)
+    shares = {name: count[name] / len(prompts) for name in ("with_entity", "entities", "repeated")}
+    shares["heads_kept"] = count["heads_kept"] / max(count["heads"], 1)
+    shares["depictable_heads_kept"] = count["depictable_heads_kept"] / max(count["depictable"], 1)
+    speed = len(prompts) / (time.perf_counter() - start)
+    return {"prompts": len(prompts), **shares, "prompts_per_second": speed}
 
 
 def show_entities(prompt, nlp):

@@ -6,8 +6,8 @@
     python evaluate.py out/sdxl --count 20 --images 2     a quick look
 
 prints the means, the interval of their difference, and the protocol; writes results.json,
-scores.jsonl (one line an image) and before_after.png. The scores; by default, vqa takes the place of
-oracle for prompts of the real world:
+scores.jsonl (one line an image) and before_after.png. The scores (without --scores: all, but oracle
+for prompts of the shapes world and vqa for others):
 
     oracle       the shapes world's oracle
     vqa          BLIP-VQA attribute binding as T2I-CompBench computes it, a row for each list
@@ -69,7 +69,6 @@ from tqdm import tqdm
 from transformers import BlipForQuestionAnswering
 
 import attention
-import config as configuration
 import diffusion
 import entities
 import images as imaging
@@ -77,18 +76,26 @@ import models
 import prompts
 import rewards
 import utils
+from config import unet_and_vae
 
+SETTINGS = (
+    "model scheduler num_steps guidance_scale resolution dtype captioner caption_prefix parser"
+)
+PARTS = "base", "tuned", "difference", "interval"
 SHOWN = 8  # prompts in before_after.png
 OTHER = 700_000_001  # added to a seed for the base's image with another seed
 RESAMPLES, RESAMPLES_FRECHET = 10_000, 200
 
 
-class Item(NamedTuple):
-    """An image to be made and judged."""
+class Items(NamedTuple):
+    """Images to be made and judged."""
 
-    list: str
-    prompt: str
-    seed: int
+    lists: list[str]  # names of the lists that the prompts are from
+    prompts: list[str]
+    seeds: list[int]
+
+    def part(self, chosen):
+        return Items(*(column[chosen] for column in self))
 
 
 @dataclass(eq=False)
@@ -101,14 +108,21 @@ class Setup:
     plan: object
     oracle: object
 
+    def latents(self, items, adapters):
+        """Finished latents (B, 4, h, w) of the items, for each adapter."""
+        size = self.config.guidance_scale, self.config.resolution
+        batch = self.options.batch or self.config.batch
+        work = self.pipe, self.plan, items.prompts
+        return imaging.latents(*work, *size, adapters=adapters, seeds=items.seeds, batch=batch)
+
 
 # --------------------------------------------------------------------------------------------------
-# Judges: judge(setup, items (B), images (B, 3, H, W) in [0, 1], latents z (B, 4, h, w), the adapter
-# that made them) -> {column: value} for each image
+# Judges: judge(setup, Items of a batch, images (B, 3, H, W) in [0, 1], latents z (B, 4, h, w), the
+# adapter that made them) -> {column: value} for each image
 
 
 def judge_oracle(setup, items, images, z, adapter):
-    return [setup.oracle.score(image, item.prompt) for image, item in zip(images, items)]
+    return [setup.oracle.score(image, prompt) for image, prompt in zip(images, items.prompts)]
 
 
 @cache
@@ -118,8 +132,8 @@ def load_reward(setup, name):
 
 
 def judge_reward(setup, items, images, z, adapter, name):
-    reward, column = load_reward(setup, name), {"blip": "caption_log_likelihood"}.get(name, name)
-    values = reward(images.to(setup.pipe.device), [item.prompt for item in items])
+    values = load_reward(setup, name)(images.to(setup.pipe.device), items.prompts)
+    column = "caption_log_likelihood" if name == "blip" else name
     return [{column: value} for value in values.tolist()]
 
 
@@ -131,12 +145,12 @@ def judge_features(setup, items, images, z, adapter):
 
 def judge_activation(setup, items, images, z, adapter):
     """Mean share of attention on the tokens of entities (paper, section 3), in percent."""
-    pipe, blocks = setup.pipe, attention.all_blocks(setup.pipe.unet)
-    asked, seeds = [item.prompt for item in items], [item.seed for item in items]
-    named = entities.find_all(asked, entities.load_parser(setup.config.parser), pipe.tokenizer)
+    pipe, parser = setup.pipe, entities.load_parser(setup.config.parser)
+    blocks = attention.all_blocks(pipe.unet)
     with models.using(pipe, adapter):
-        text = diffusion.encode(pipe, asked)
-        tokens = imaging.token_activations(pipe, setup.plan, text, z, blocks, seeds)
+        text = diffusion.encode(pipe, items.prompts)
+        tokens = imaging.token_activations(pipe, setup.plan, text, z, blocks, items.seeds)
+    named = entities.find_all(items.prompts, parser, pipe.tokenizer)
     shares = 100 * attention.entity_activation(tokens, named)
     return [{"entity_activation_percent": share} for share in shares.tolist()]
 
@@ -153,9 +167,9 @@ def judge_vqa(setup, items, images, z, adapter):
     rounded to 4 decimals, transformers' position embeddings (384 px) are interpolated back to 480,
     and the parser is a newer en_core_web_sm."""
     loaded, rows = load_vqa(setup.options.vqa, setup.pipe.device, torch.float32), []
-    for item, image in zip(items, images):
-        p = vqa_probabilities(*loaded, image, vqa_questions(item.prompt))
-        rows.append({f"blip_vqa_{item.list}": p.prod().item()})
+    for name, prompt, image in zip(items.lists, items.prompts, images):
+        p = vqa_probabilities(*loaded, image, vqa_questions(prompt))
+        rows.append({f"blip_vqa_{name}": p.prod().item()})
     return rows
 
 
@@ -195,25 +209,22 @@ JUDGES = {
 
 
 @torch.no_grad()
-def judge_all(setup, judges, items, adapter, rank=0, world_size=1):
-    """Makes and judges images: a row {column: value} for each item, on every rank. Batches are
-    dealt out whole, so that no number depends on world_size."""
-    c, judged = setup.config, []
-    batch = setup.options.batch or c.batch
-    starts = range(rank * batch, len(items), world_size * batch)
+def judge_all(setup, judges, items, adapter, rank, world_size):
+    """Makes and judges images: a row {column: value} for each, on every rank. Batches are dealt out
+    whole, so that no number depends on world_size."""
+    batch, judged = setup.options.batch or setup.config.batch, []
+    starts = range(rank * batch, len(items.prompts), world_size * batch)
     for start in tqdm(starts, desc=adapter or "base", disable=rank > 0):
-        part = items[start : start + batch]
-        asked, seeds = [item.prompt for item in part], [item.seed for item in part]
-        how = c.guidance_scale, c.resolution, (adapter,), seeds, batch
-        (z,) = imaging.latents(setup.pipe, setup.plan, asked, *how)
+        part = items.part(slice(start, start + batch))
+        (z,) = setup.latents(part, [adapter])
         images = imaging.decode_all(setup.pipe, z)
-        rows = [{} for _ in part]
+        rows = [{} for _ in part.prompts]
         for judge in judges:
             for row, values in zip(rows, judge(setup, part, images, z, adapter)):
                 row.update(values)
-        judged.extend(enumerate(rows, start))
-    judged = sorted(utils.gather(judged, world_size), key=lambda pair: pair[0])
-    return [row for _, row in judged]
+        judged.append((start, rows))
+    judged = sorted(utils.gather(judged, world_size))
+    return [row for _, rows in judged for row in rows]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -223,8 +234,8 @@ def judge_all(setup, judges, items, adapter, rank=0, world_size=1):
 def compare(base, tuned):
     """(mean of base, of tuned, 95 % interval of their difference) for scores (prompts,), NaN left
     out: percentiles over resamples of the prompts, the same for both."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(base), (RESAMPLES, len(base)), generator=generator)
+    n, generator = len(base), torch.Generator().manual_seed(0)
+    drawn = torch.randint(n, (RESAMPLES, n), generator=generator)
     differences = tuned[drawn].nanmean(1) - base[drawn].nanmean(1)
     interval = differences.nanquantile(torch.tensor([0.025, 0.975])).tolist()
     return base.nanmean().item(), tuned.nanmean().item(), interval
@@ -259,22 +270,22 @@ def fidelity(base, tuned, other):
     return floor, distance, [distance - floor - spread, distance - floor + spread]
 
 
-def summarise(rows, images):
-    """rows {"base", "tuned", with fidelity "other"}, `images` consecutive ones a prompt -> what
-    results.json holds. A column that only some rows have is compared over these."""
-    results = {"n": len(rows["base"]) // images}
-    results |= {"base": {}, "tuned": {}, "difference": {}, "interval": {}}
-    for column in dict.fromkeys(column for row in rows["base"] for column in row):
-        sides = []
-        for side in rows.values():
-            values = [torch.as_tensor(row[column]) for row in side if column in row]
-            sides.append(values and torch.stack(values).unflatten(0, (-1, images)))
+def summarise(sides, images):
+    """Rows of base and tuned (with fidelity also of base with other seeds), `images` consecutive
+    ones a prompt -> what results.json holds. A column that only some rows have is compared over
+    these."""
+    results = {"n": len(sides[0]) // images, **{part: {} for part in PARTS}}
+    for column in dict.fromkeys(column for row in sides[0] for column in row):
+        values = []
+        for rows in sides:
+            own = [torch.as_tensor(row[column]) for row in rows if column in row]
+            values.append(own and torch.stack(own).unflatten(0, (-1, images)))
         if column == "features":
-            column, (base, tuned, interval) = "frechet_distance", fidelity(*sides)
+            column, (base, tuned, interval) = "frechet_distance", fidelity(*values)
         else:
-            base, tuned, interval = compare(*(values.nanmean(1) for values in sides[:2]))
-        results["base"][column], results["tuned"][column] = base, tuned
-        results["difference"][column], results["interval"][column] = tuned - base, interval
+            base, tuned, interval = compare(values[0].nanmean(1), values[1].nanmean(1))
+        for part, value in zip(PARTS, (base, tuned, tuned - base, interval)):
+            results[part][column] = value
     return results
 
 
@@ -296,39 +307,38 @@ def read_lists(options, config):
     return asked
 
 
-def plan_scoring(options, c, oracle):
-    """(names of judges, Items, protocol). Raises ValueError naming the file or flag."""
+def plan_scoring(options, config, oracle):
+    """(Items, protocol). Raises ValueError naming the file or flag."""
     if min(options.images, options.count, options.batch) < 0:
         raise ValueError("--images, --count, --batch: cannot be negative")
-    asked = read_lists(options, c)
-    readable = c.resolution == oracle.SIZE and all(oracle.objects_of(p) for _, p in asked)
-    names = ["blip" if name == "caption" else name for name in options.scores]
-    names = names or ["oracle" if readable else "vqa", "blip", "activation", "fidelity"]
-    if unknown := set(names) - set(JUDGES):
+    asked = read_lists(options, config)
+    readable = config.resolution == oracle.SIZE and all(oracle.objects_of(p) for _, p in asked)
+    scores = ["blip" if name == "caption" else name for name in options.scores]
+    scores = scores or ["oracle" if readable else "vqa", "blip", "activation", "fidelity"]
+    if unknown := set(scores) - set(JUDGES):
         raise ValueError(f"--scores {min(unknown)}: unknown, there are {', '.join(JUDGES)}")
-    if "oracle" in names and not readable:
+    if "oracle" in scores and not readable:
         raise ValueError("--scores oracle: it reads prompts and images of the shapes world only")
-    images, seed = options.images or (10 if "vqa" in names else 1), options.seed
-    if seed is None:
-        seed = 42 if "vqa" in names else imaging.SEED
-    items = []
+    images, seed = (10, 42) if "vqa" in scores else (1, imaging.SEED)
+    images, seed = options.images or images, seed if options.seed is None else options.seed
+    items = Items([], [], [])
     for place, (name, prompt) in enumerate(asked):
-        first = seed + place if images == 1 else seed  # of several images, all prompts share seeds
-        items += [Item(name, prompt, first + k) for k in range(images)]
-    lists = [name for name, _ in asked]
+        for k in range(images):
+            items.lists.append(name)
+            items.prompts.append(prompt)
+            items.seeds.append(seed + (place if images == 1 else k))
     protocol = {
-        "scores": ", ".join(name for name in JUDGES if name in names),
-        "prompts": ", ".join(f"{name} {lists.count(name)}" for name in dict.fromkeys(lists)),
+        "scores": [name for name in JUDGES if name in scores],
+        "prompts": {name: items.lists.count(name) // images for name in items.lists},
         "images_per_prompt": images,
-        "seeds": f"{seed} to {items[-1].seed}",
-        "model": f"{c.model}, UNet {configuration.unet_and_vae(c)[0] or 'its own'}",
+        "seeds": f"{seed} to {items.seeds[-1]}",
         "checkpoint": (options.out / "checkpoints" / options.checkpoint).resolve().name,
-        "sampler": f"{c.scheduler}, {c.num_steps} steps, guidance scale {c.guidance_scale}",
-        "images": f"{c.resolution} px, {c.dtype}",
-        "judges": f"{c.captioner} after {c.caption_prefix!r}, {options.vqa}, parser {c.parser}",
+        **{name: getattr(config, name) for name in SETTINGS.split()},
+        "unet": unet_and_vae(config)[0] or config.model,
+        "vqa": options.vqa,
         "intervals": f"95 %, {RESAMPLES} bootstrap resamples of prompts, paired by prompt and seed",
     }
-    return [name for name in JUDGES if name in names], items, protocol
+    return items, protocol
 
 
 def set_aside(folder, protocol):
@@ -346,12 +356,11 @@ def set_aside(folder, protocol):
 def table(results):
     """What is printed: a line a score, then the protocol."""
     title = f"prompts, n = {results['n']}"
-    lines = [f"{title:<28} {'base':>7}    {'tuned':>7}  difference  95 % interval"]
-    for column, base in results["base"].items():
-        tuned, difference = results["tuned"][column], results["difference"][column]
-        low, high = results["interval"][column]
-        numbers = f"{base:7.4f} -> {tuned:7.4f}  {difference:+10.4f}  [{low:+.4f}, {high:+.4f}]"
-        lines.append(f"{column.replace('_', ' '):<28} {numbers}")
+    lines = [f"{title:<27}    base       tuned  difference  95 % interval"]
+    for column in results["base"]:
+        base, tuned, difference, (low, high) = (results[part][column] for part in PARTS)
+        line = f"{column:<27} {base:7.4f} -> {tuned:8.4f} {difference:+11.4f}"
+        lines.append(f"{line}  [{low:+.4f}, {high:+.4f}]")
     lines += [f"  {key}: {value}" for key, value in results["protocol"].items()]
     return "\n".join(lines)
 
@@ -364,44 +373,47 @@ def as_json(value, indent=None):
 def evaluate(setup, rank=0, world_size=1):
     """Scores the adapter `comat` against its base, all ranks together. Rank 0 prints the table and
     writes the files."""
-    folder, c = setup.options.to or setup.options.out, setup.config
+    folder = setup.options.to or setup.options.out
     if folder.exists() and not os.access(folder, os.W_OK):  # known before the work, not after
         raise ValueError(f"{folder}: cannot be written; give --to another folder")
-    names, items, protocol = plan_scoring(setup.options, c, setup.oracle)
-    images = protocol["images_per_prompt"]
-    judges, rows = [JUDGES[name] for name in names], {}
-    for side, adapter in (("base", None), ("tuned", diffusion.ADAPTER)):
-        rows[side] = judge_all(setup, judges, items, adapter, rank, world_size)
-    if "fidelity" in names:
-        others = [item._replace(seed=item.seed + OTHER) for item in items]
-        rows["other"] = judge_all(setup, [judge_features], others, None, rank, world_size)
+    items, protocol = plan_scoring(setup.options, setup.config, setup.oracle)
+    judges, ranks = [JUDGES[name] for name in protocol["scores"]], (rank, world_size)
+    base = judge_all(setup, judges, items, None, *ranks)
+    tuned = judge_all(setup, judges, items, diffusion.ADAPTER, *ranks)
+    sides = [base, tuned]
+    if judge_features in judges:
+        others = items._replace(seeds=[seed + OTHER for seed in items.seeds])
+        sides.append(judge_all(setup, [judge_features], others, None, *ranks))
     if rank > 0:
         return
-    results = {**summarise(rows, images), "protocol": protocol}
+    images = protocol["images_per_prompt"]
+    results = {**summarise(sides, images), "protocol": protocol}
     print(table(results))
     set_aside(folder, protocol)
     lines = []
-    for item, *pair in zip(items, rows["base"], rows["tuned"]):
-        for side, row in zip(("base", "tuned"), pair):
-            row.pop("features", None)
-            lines.append(as_json({**item._asdict(), "model": side, **row}) + "\n")
+    for i, (name, prompt, seed) in enumerate(zip(*items)):
+        for model, rows in (("base", base), ("tuned", tuned)):
+            rows[i].pop("features", None)
+            row = {"list": name, "prompt": prompt, "seed": seed, "model": model, **rows[i]}
+            lines.append(as_json(row) + "\n")
     utils.write(folder / "scores.jsonl", "".join(lines))
     utils.write(folder / "results.json", as_json(results, 2) + "\n")
-    shown = items[: SHOWN * images : images]
-    asked, seeds = [item.prompt for item in shown], [item.seed for item in shown]
-    how = c.guidance_scale, c.resolution, (None, diffusion.ADAPTER), seeds
-    base, tuned = imaging.generate(setup.pipe, setup.plan, asked, *how)
-    imaging.grid(asked, {"base": base, "tuned": tuned}).save(folder / "before_after.png")
+    shown = items.part(slice(0, SHOWN * images, images))
+    base, tuned = setup.latents(shown, [None, diffusion.ADAPTER])
+    pictures = {"base": imaging.decode_all(setup.pipe, base)}
+    pictures["tuned"] = imaging.decode_all(setup.pipe, tuned)
+    imaging.grid(shown.prompts, pictures).save(folder / "before_after.png")
 
 
 def main(options):
     from shapes import world
 
     rank, world_size = utils.join(options.device, minutes=8 * 60)  # ranks meet at the end only
-    config, pipe, plan = models.open_run(options.out, options.checkpoint, device=options.device)
+    run = models.open_run(options.out, options.checkpoint, device=options.device)
+    setup = Setup(options, *run, world)
     # on a CPU one thread, as under torchrun: last digits depend on it
-    torch.set_num_threads(1 if pipe.device.type == "cpu" else os.cpu_count())
-    evaluate(Setup(options, config, pipe, plan, world), rank, world_size)
+    torch.set_num_threads(1 if setup.pipe.device.type == "cpu" else os.cpu_count())
+    evaluate(setup, rank, world_size)
     utils.leave(world_size)
 
 

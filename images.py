@@ -3,9 +3,7 @@
 An image depends on its seed and its model alone, not on its batch or its place in a list."""
 
 import math
-import re
 import textwrap
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +17,6 @@ import attention
 import diffusion
 import models
 from diffusion import ADAPTER
-from entities import fit
 
 SEED = 1_000_000_007  # first seed of grids and scores, apart from every training seed's
 RENOISE = (
@@ -35,7 +32,7 @@ BOTH = (ADAPTER, None)  # the tuned model and the original
 @torch.no_grad()
 def over_batches(pipe, prompts, adapters, work, batch=8, progress=""):
     """Calls work(name, part, text) -> (B, ...) for each slice `part` of the prompts, encoded as
-    `text`, under each adapter (None: the original model). Returns one tensor (N, ...) per adapter."""
+    `text`, under each adapter (None: the original model). Returns a tensor (N, ...) per adapter."""
     results = {name: [] for name in adapters}
     for start in tqdm(range(0, len(prompts), batch), desc=progress, disable=not progress):
         part = slice(start, start + batch)
@@ -69,12 +66,14 @@ def generate(pipe, *arguments, **options):
 @torch.no_grad()
 def decode_all(pipe, z, batch=8):
     """Latents (N, 4, h, w) -> images (N, 3, H, W) in [0, 1], fp32, on the CPU."""
-    return torch.cat([diffusion.decode(pipe, part).cpu() for part in z.split(batch)])
+    images = [diffusion.decode(pipe, part).cpu() for part in z.split(batch)]
+    return torch.cat(images)
 
 
 def to_pil(image):
     """(3, H, W) in [0, 1] -> a PIL image."""
-    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+    values = (255 * image.clamp(0, 1)).round().byte()
+    return Image.fromarray(values.permute(1, 2, 0).numpy())
 
 
 def save_png(image, path, **metadata):
@@ -88,23 +87,29 @@ def save_png(image, path, **metadata):
 def grid(prompts, rows, columns=4):
     """A PIL image with a column per prompt and a row per entry of rows {label: (N, 3, H, W)}, at
     most 900 pixels wide; after `columns` prompts it goes on below."""
-    margin, cell, gap = 74, 206, 8  # pixels; the margin holds the labels
+    margin, cell, side, line = 74, 206, 198, 18  # pixels; labels stand in the margin
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 13)  # PIL's own is Latin only
-    titles = [textwrap.fill(p, cell // 8, max_lines=4, placeholder=" …") for p in prompts]
-    top = 18 * max(title.count("\n") + 1 for title in titles) + gap
+    titles = [textwrap.fill(prompt, 25, max_lines=4, placeholder=" …") for prompt in prompts]
+    lines = max(len(title.splitlines()) for title in titles)
+    top = lines * line + 8
     height = top + len(rows) * cell
     width = margin + min(columns, len(prompts)) * cell
-    canvas = Image.new("RGB", (width, height * math.ceil(len(prompts) / columns)), "white")
+    bands = math.ceil(len(prompts) / columns)
+    canvas = Image.new("RGB", (width, bands * height), "white")
     pen = ImageDraw.Draw(canvas)
     for i, title in enumerate(titles):
-        x, y = margin + i % columns * cell, i // columns * height
+        band, column = divmod(i, columns)
+        x, y = margin + column * cell, band * height
         pen.multiline_text((x, y + 4), title, "black", font)
-        for row, (label, images) in enumerate(rows.items()):
-            place = y + top + row * cell
-            pen.text((gap, place + cell // 2), label if x == margin else "", "black", font)
+        y += top
+        for label, images in rows.items():
+            if column == 0:
+                pen.text((8, y + side // 2), label, "black", font, "lm")
             picture = to_pil(images[i])
-            resample = Image.Resampling["NEAREST" if picture.width < cell else "LANCZOS"]
-            canvas.paste(picture.resize((cell - gap, cell - gap), resample), (x, place))
+            method = "NEAREST" if picture.width < side else "LANCZOS"
+            picture = picture.resize((side, side), Image.Resampling[method])
+            canvas.paste(picture, (x, y))
+            y += cell
     return canvas
 
 
@@ -125,7 +130,8 @@ def noised_attention(pipe, plan, text, z, blocks, seeds, indices):
         noised = alpha**0.5 * z + (1 - alpha) ** 0.5 * noise
         with attention.capture(pipe.unet, blocks) as captured:
             diffusion.predict(pipe, noised, t, text.prompt)
-        yield attention.attention_maps(captured, len(z), z.shape[-1] / z.shape[-2])
+        batch, _, height, width = z.shape
+        yield attention.attention_maps(captured, batch, width / height)
 
 
 def token_activations(pipe, plan, text, z, blocks, seeds, times=5):
@@ -133,9 +139,12 @@ def token_activations(pipe, plan, text, z, blocks, seeds, times=5):
 
     Attention of `noised_attention` at `times` evenly spread steps, averaged over space, heads,
     layers and steps: (B, tokens), which sums to 1 over all 77 tokens."""
-    indices = [int((k + 0.5) * len(plan.steps) / times) for k in range(times)]
-    maps = noised_attention(pipe, plan, text, z, blocks, seeds, indices)
-    return torch.stack([attention.token_activation(layers) for layers in maps]).mean(0)
+    apart = len(plan.steps) / times
+    indices = [int((k + 0.5) * apart) for k in range(times)]
+    total = 0
+    for maps in noised_attention(pipe, plan, text, z, blocks, seeds, indices):
+        total = total + attention.token_activation(maps)
+    return total / times
 
 
 def token_maps(pipe, plan, text, z, blocks, seeds, parts=(0.4, 0.55, 0.7, 0.85)):
@@ -147,24 +156,6 @@ def token_maps(pipe, plan, text, z, blocks, seeds, parts=(0.4, 0.55, 0.7, 0.85))
         finest = max(tuple(layer.shape[2:4]) for layer in layers)
         for layer in layers:
             maps = layer.mean(1).movedim(-1, 1)  # (B, tokens, h, w)
-            total = total + F.interpolate(maps, finest, mode="bilinear") / len(layers) / len(parts)
-    return total
-
-
-class Word(NamedTuple):
-    text: str
-    tokens: list[int]  # its pieces among the CLIP tokens
-    entity: int | None  # which of the prompt's entities it belongs to
-
-
-def words_of(prompt, entities, tokenizer):
-    """The Words of a prompt that CLIP reads, without punctuation at their ends."""
-    text, offsets = fit(prompt, tokenizer)
-    words = []
-    for match in re.finditer(r"\S+", text):
-        start, stop = match.span()
-        tokens = [i for i, (first, last) in enumerate(offsets) if first < stop and start < last]
-        owners = [k for k, entity in enumerate(entities) if set(tokens) & set(entity.tokens)]
-        if tokens:
-            words.append(Word(match.group().strip(",.;:!?"), tokens, owners[0] if owners else None))
-    return words
+            maps = F.interpolate(maps, finest, mode="bilinear")
+            total = total + maps / len(layers)
+    return total / len(parts)

@@ -10,7 +10,8 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import convert_unet_state_dict_to_peft
+from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 import diffusion
 from config import PRESETS, unet_and_vae
@@ -150,6 +151,20 @@ def check_tokenizer(tokenizer, words):
     tokenizer("a dog")
 
 
+def load_blip_model(flag, cls, source, device, dtype, tolerated=0.1):
+    """(frozen model, its tokenizer) of a BLIP class. Raises ValueError, naming the flag, if they
+    cannot be loaded or more than a share `tolerated` of the weights is missing."""
+    if source.startswith((".", "/")) and not (Path(source) / "config.json").is_file():
+        raise ValueError(f"--{flag} {source}: no model there (no config.json)")
+    try:
+        model = load_whole(cls, source, tolerated, dtype=dtype).to(device)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        check_tokenizer(tokenizer, model.config.text_config.vocab_size)
+    except Exception as error:  # of a damaged folder transformers raises nearly anything
+        raise ValueError(f"--{flag} {source}: cannot be loaded ({first_line(error)})") from error
+    return model.requires_grad_(False).eval(), tokenizer
+
+
 def freeze(pipe):
     """Freezes all modules of a pipeline and silences its progress bar."""
     pipe.set_progress_bar_config(disable=True)
@@ -196,6 +211,20 @@ def find_checkpoint(out, name):
     have = sorted(path.name for path in (out / "checkpoints").glob("step-*"))
     there = f"there are {', '.join(have)}" if have else "there is none; train first"
     raise ValueError(f"{folder}: no finished checkpoint; {there}")
+
+
+def save_adapter(pipe, folder, name):
+    """Writes an adapter in diffusers' own format: `pipe.load_lora_weights(folder)` reads it."""
+    state = get_peft_model_state_dict(pipe.unet, adapter_name=name)
+    layers = {k: v.contiguous() for k, v in convert_state_dict_to_diffusers(state).items()}
+    pipe.save_lora_weights(folder, unet_lora_layers=layers)
+
+
+def load_adapter(pipe, folder, name):
+    """Reads what save_adapter wrote into an adapter that is there."""
+    state, _ = pipe.lora_state_dict(folder)
+    state = {key.removeprefix("unet."): value for key, value in state.items()}
+    set_peft_model_state_dict(pipe.unet, convert_unet_state_dict_to_peft(state), name)
 
 
 def load_lora(pipe, source, complaint):

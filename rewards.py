@@ -5,15 +5,12 @@ differentiable, larger is better. The first is the paper's: a captioner's likeli
 `--rewards blip=1` names those that a run uses. docs/extend.md shows how to add one.
 """
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer, BlipForConditionalGeneration
+from transformers import BlipForConditionalGeneration
 
 from config import reward_weights
-from models import check_tokenizer, load_whole
-from utils import first_line
+from models import load_blip_model
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -80,20 +77,6 @@ def load_blip(config, device):
     dtype, source = getattr(torch, config.dtype), config.captioner
     loaded = load_blip_model("captioner", BlipForConditionalGeneration, source, device, dtype)
     return Blip(*loaded, config.caption_prefix, config.caption_reduction, config.label_smoothing)
-
-
-def load_blip_model(flag, cls, source, device, dtype, tolerated=0.1):
-    """(frozen model, its tokenizer) of a BLIP class. Raises ValueError, naming the flag, if they
-    cannot be loaded or more than a share `tolerated` of the weights is missing."""
-    if source.startswith((".", "/")) and not (Path(source) / "config.json").is_file():
-        raise ValueError(f"--{flag} {source}: no model there (no config.json)")
-    try:
-        model = load_whole(cls, source, tolerated, dtype=dtype).to(device)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        check_tokenizer(tokenizer, model.config.text_config.vocab_size)
-    except Exception as error:  # of a damaged folder transformers raises nearly anything
-        raise ValueError(f"--{flag} {source}: cannot be loaded ({first_line(error)})") from error
-    return model.requires_grad_(False).eval(), tokenizer
 
 
 REWARDS = {"blip": load_blip}  # name -> loader(config, device) -> reward(images, prompts) -> (B,)

@@ -42,7 +42,7 @@ class Options:
     activation: bool = False
     """Also activation.png: attention per word, and its mean over the entities of all prompts."""
     attention: bool = False
-    """Also NNN-attention.png: heat maps of the words, with the segmenter's outlines."""
+    """Also NNN-attention.png: heat maps of the entities' words, with the segmenter's outlines."""
     to: Path | None = None
     """Folder for the images; default OUT/images, for a preset out/NAME-images."""
     batch: int = 8
@@ -155,7 +155,7 @@ def main(options):
         return dict(zip(adapters, results))
 
     entities = find_all(prompts, parser, pipe.tokenizer)
-    words = [images.words_of(*pair, pipe.tokenizer) for pair in zip(prompts, entities)]
+    words = [figures.words_of(*pair, pipe.tokenizer) for pair in zip(prompts, entities)]
     if options.activation:
         shares = measure(images.token_activations, attention.all_blocks(pipe.unet))
         draw_activation(prompts, words, entities, shares, folder / "activation.png")

@@ -52,17 +52,17 @@ def train_step(run):
     results = []
     for part in range(run.config.accumulate):
         results.append(add_gradients(run, part))
-        if is_fatal(results[-1].troubles):
+        if is_fatal(results[-1][1]):
             break
     results = utils.gather(results, run.world_size)  # so that all ranks step, or none
-    troubles = [trouble for result in results for trouble in result.troubles]
-    log = mean_of([result.log for result in results])
+    troubles = [trouble for _, batch_troubles in results for trouble in batch_troubles]
+    log = mean_of([batch_log for batch_log, _ in results])
     log |= update(run, skip=is_fatal(troubles))
     return log, troubles
 
 
 def add_gradients(run, part):
-    """Adds the gradients of this rank's part-th batch of the step to .grad."""
+    """Adds the gradients of this rank's part-th batch to .grad. Returns (numbers, Troubles)."""
     c, pipe, plan = run.config, run.pipe, run.plan
     trained, attended = choose_steps(c, run.step)
     prompts, generators = deal(run, part)
@@ -82,7 +82,7 @@ def add_gradients(run, part):
         images, gradients, log = judge(run, z, prompts)
     troubles = find_troubles(prompts, z, images, gradients)
     if is_fatal(troubles):
-        return Result(log, troubles)
+        return log, troubles
 
     # 3. Masks: where each noun is in the image
     attention_loss = None
@@ -108,31 +108,24 @@ def add_gradients(run, part):
 
     if not has_finite_gradient(run):
         reason = "the gradient of its batch is not finite"
-        troubles = [Trouble(prompt, reason, fatal=True) for prompt in prompts]
-    return Result(log, troubles)
+        troubles += [Trouble(prompt, reason, fatal=True) for prompt in prompts]
+    return log, troubles
 
 
 def update(run, skip):
-    """6. Update: averages the gradients over batches and ranks, clips, and lets both optimisers
-    step, or neither: not if told to skip, or if a norm is not finite. Returns numbers to log."""
-    c = run.config
-    lr = learning_rate(c, run.step)
-    run.optimizer.param_groups[0]["lr"] = lr
+    """6. Update: averages the gradients over batches and ranks, clips, and lets the optimiser step,
+    unless a norm is not finite or it is told to skip. Returns numbers to log."""
+    run.optimizer.param_groups[0]["lr"] = lr = learning_rate(run.config, run.step)
     log = {"lr": lr}
     if not skip:
         with run.phase("all_reduce"):
-            log["gradient_norm"] = average_and_clip(run, run.parameters, c.clip_norm)
-            if run.discriminator:
-                log["discriminator_gradient_norm"] = average_and_clip(
-                    run, run.discriminator.parameters, c.clip_norm_discriminator
-                )
+            log |= average_and_clip(run)
         skip = not all(map(math.isfinite, log.values()))
     with run.phase("optimiser"):
-        for optimizer in run.optimizers():
-            if not skip:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    return log | ({"skipped": 1} if skip else {})
+        if not skip:
+            run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+    return {**log, "skipped": 1} if skip else log
 
 
 # ==================================================================================================
@@ -145,13 +138,6 @@ class Trouble(NamedTuple):
     prompt: str
     reason: str
     fatal: bool
-
-
-class Result(NamedTuple):
-    """What one batch gives: numbers to log, a list of Troubles."""
-
-    log: dict
-    troubles: list
 
 
 def is_fatal(troubles):
@@ -194,10 +180,10 @@ def judge(run, z, prompts):
                 image = diffusion.decode(run.pipe, leaf)
             images.append(image.detach())
         share = len(leaf) / len(z)
-        for name, term in run.terms.items():
-            loss = term.loss(leaf, image, prompts[part])
+        for name, (weight, loss_of) in run.terms.items():
+            loss = loss_of(leaf, image, prompts[part])
             (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
-            gradients[name][part] = share * term.weight * gradient
+            gradients[name][part] = share * weight * gradient
             log[f"loss_{name}"] = log.get(f"loss_{name}", 0.0) + share * loss.item()
     if c.adversarial_cap and run.discriminator:
         limit = c.adversarial_cap * sum(gradients[name] for name in run.rewards).norm()
@@ -283,13 +269,19 @@ def has_finite_gradient(run):
     return math.isfinite(torch.nn.utils.get_total_norm(gradients))
 
 
-def average_and_clip(run, parameters, clip_norm):
+def average_and_clip(run):
     """Averages .grad over the step's batches and, in one all_reduce, over ranks; clips; returns the
-    norm before clipping."""
-    for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad.div_(run.config.accumulate)
-    utils.average([p.grad for p in parameters], run.world_size)
-    return torch.nn.utils.clip_grad_norm_(parameters, clip_norm).item()
+    norms before clipping."""
+    c = run.config
+    for p in run.trainables():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad.div_(c.accumulate)
+    utils.average([p.grad for p in run.trainables()], run.world_size)
+    clip = torch.nn.utils.clip_grad_norm_
+    norms = {"gradient_norm": clip(run.parameters, c.clip_norm).item()}
+    if run.discriminator:
+        norm = clip(run.discriminator.parameters, c.clip_norm_discriminator)
+        norms["discriminator_gradient_norm"] = norm.item()
+    return norms
 
 
 def learning_rate(c, step):
@@ -309,13 +301,6 @@ def mean_of(logs):
 # Everything that a step needs
 
 
-class Term(NamedTuple):
-    """A loss on the sample: loss(z, images, prompts) -> mean over the batch."""
-
-    weight: float
-    loss: object
-
-
 @dataclass
 class Run:
     """Everything that a step needs. What a weight of 0 switches off is None or empty."""
@@ -325,13 +310,12 @@ class Run:
     plan: diffusion.Schedule
     prompts: list
     parameters: list  # the LoRA's
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer = None
     rewards: dict = field(default_factory=dict)  # {name: reward}
-    terms: dict = field(default_factory=dict)  # {name: Term}
+    terms: dict = field(default_factory=dict)  # {name: (weight, loss)}
     parser: object = None
     segmenter: object = None
     discriminator: Discriminator | None = None
-    discriminator_optimizer: torch.optim.Optimizer | None = None
     rank: int = 0
     world_size: int = 1
     step: int = 0
@@ -354,19 +338,16 @@ class Run:
     def trainables(self):
         return self.parameters + (self.discriminator.parameters if self.discriminator else [])
 
-    def optimizers(self):
-        return [o for o in (self.optimizer, self.discriminator_optimizer) if o]
-
     def prompts_per_step(self):
         return self.config.batch * self.config.accumulate * self.world_size
 
     def save_adapters(self, folder):
-        diffusion.save_lora(self.pipe, folder, diffusion.ADAPTER)
+        models.save_adapter(self.pipe, folder, diffusion.ADAPTER)
         if self.discriminator:
             self.discriminator.save(folder)
 
     def load_adapters(self, folder):
-        diffusion.load_lora(self.pipe, folder, diffusion.ADAPTER)
+        models.load_adapter(self.pipe, folder, diffusion.ADAPTER)
         if self.discriminator:
             self.discriminator.load(folder)
 
@@ -384,8 +365,7 @@ def setup(c, pipe=None, judges=None, segmenter=None):
     pipe, plan = (pipe, models.plan_of(pipe, c)) if pipe else models.open_pipeline(c)
     device = pipe.unet.device
     parameters = diffusion.add_adapter(pipe.unet, diffusion.ADAPTER, c.rank)
-    optimizer = adamw(parameters, c.lr, c.beta1, c.weight_decay)
-    run = Run(c, pipe, plan, prompts, parameters, optimizer, rank=rank, world_size=world_size)
+    run = Run(c, pipe, plan, prompts, parameters, rank=rank, world_size=world_size)
     run.rewards = judges if judges is not None else rewards.load_rewards(c, device)
     attention_terms = losses.ATTENTION_LOSSES[c.attention_reduction]
     if any(weight_of(c, name) for name in attention_terms):
@@ -395,28 +375,33 @@ def setup(c, pipe=None, judges=None, segmenter=None):
     if c.adversarial_weight:
         null = diffusion.encode(pipe, [""]).null
         run.discriminator = Discriminator(pipe, plan, null, c.rank)
-        trained = run.discriminator.parameters
-        run.discriminator_optimizer = adamw(trained, c.lr_discriminator, 0.0, c.weight_decay)
     run.terms = make_terms(run)
+    run.optimizer = make_optimizer(run)
     save_time_and_memory(c, pipe)
     pipe.unet.set_adapter(diffusion.ADAPTER)
     utils.broadcast(run.trainables(), world_size)
     return run
 
 
-def adamw(parameters, lr, beta1, weight_decay):
-    fused = parameters[0].is_cuda  # one kernel, and no temporary copies of the parameters
-    betas = (beta1, 0.999)
-    return torch.optim.AdamW(parameters, lr, betas, weight_decay=weight_decay, fused=fused)
+def make_optimizer(run):
+    """AdamW with two groups: the LoRA, and the discriminator if there is one."""
+    c = run.config
+    groups = [{"params": run.parameters, "lr": c.lr, "betas": (c.beta1, 0.999)}]
+    if run.discriminator:
+        parameters = run.discriminator.parameters
+        groups.append({"params": parameters, "lr": c.lr_discriminator, "betas": (0.0, 0.999)})
+    fused = run.parameters[0].is_cuda  # one kernel, and no temporary copies of the parameters
+    return torch.optim.AdamW(groups, weight_decay=c.weight_decay, fused=fused)
 
 
 def make_terms(run):
-    """The losses on the sample: one per reward, and the adversarial one."""
+    """The losses on the sample, one per reward and the adversarial one: {name: (weight, loss)} with
+    loss(z, images, prompts) -> mean over the batch."""
     weights, terms = configuration.reward_weights(run.config), {}
     for name, reward in run.rewards.items():
-        terms[name] = Term(weights[name], partial(minus_reward, reward))
+        terms[name] = weights[name], partial(minus_reward, reward)
     if run.discriminator:
-        terms["adversarial"] = Term(run.config.adversarial_weight, run.discriminator.generator_loss)
+        terms["adversarial"] = run.config.adversarial_weight, run.discriminator.generator_loss
     return terms
 
 

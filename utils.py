@@ -349,8 +349,8 @@ def step_of(row):
 
 
 def save_checkpoint(run):
-    """Writes checkpoints/step-NNNNNN: the LoRA in diffusers' format, the discriminator, both
-    optimisers, the step. All randomness comes from (seed, step, place in the step), so there is no
+    """Writes checkpoints/step-NNNNNN: the LoRA in diffusers' format, the discriminator, the
+    optimiser, the step. All randomness comes from (seed, step, place in the step), so there is no
     other state. It is written under another name and then renamed; `latest` is a link to it.
     Raises OSError if it cannot be written; the one before is then untouched."""
     folder = run.config.out / "checkpoints"
@@ -385,7 +385,7 @@ def write_state(run, folder):
         "step": run.step,
         "prompts_per_step": run.prompts_per_step(),
         "prompts": hash_of(run.config.prompts),
-        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers()],
+        "optimizer": run.optimizer.state_dict(),
     }
     torch.save(state, folder / "state.pt")
 
@@ -418,8 +418,7 @@ def load_checkpoint(run, folder):
         state = torch.load(folder / "state.pt", weights_only=True, map_location=device)
         check_same_prompts(run, state)
         run.load_adapters(folder)
-        for optimizer, values in zip(run.optimizers(), state["optimizers"], strict=True):
-            optimizer.load_state_dict(values)
+        run.optimizer.load_state_dict(state["optimizer"])
         run.step = state["step"]
     except DAMAGE as error:
         raise ValueError(

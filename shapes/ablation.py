@@ -1,7 +1,6 @@
 """The paper's ablation in miniature: which of CoMat's terms does what, on the shapes world.
 
     python shapes/ablation.py    # four recipes, three seeds each: two hours on two cores
-    python shapes/ablation.py --steps 20 --out out/ablation20    # shorter runs, an hour
 
 Each run is train.py and evaluate.py in OUT/<recipe>-<seed>; what is finished is not run again, what
 was cut off goes on. Writes OUT/ablation.json, OUT/ablation.png and prints the table."""
@@ -33,7 +32,7 @@ class Options:
 if __name__ == "__main__":
     options = tyro.cli(Options, description=__doc__)
 
-import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 import utils
@@ -42,88 +41,79 @@ from tools import figures
 NO_AC = ["--token-weight", "0", "--pixel-weight", "0"]  # attribute concentration
 NO_FP = ["--adversarial-weight", "0", "--adversarial-cap", "0"]  # fidelity preservation
 RECIPES = {"CM": NO_AC + NO_FP, "CM+AC": NO_FP, "CM+FP": NO_AC, "CM+AC+FP": []}
-SCORES = ["fully_right", "objects_present", "attributes_bound", "extra_objects"]
-SCORES += ["caption_log_likelihood", "entity_activation_percent", "frechet_distance"]
 
 
-def finish(folder, flags, steps):
-    """Trains and scores a run unless that is done."""
-    train = ["train.py", "shapes", *flags, "--steps", str(steps), "--out", folder, "--resume"]
+BLUE = figures.COLOURS["tuned"]
+FAULTS = (ValueError, OSError, subprocess.CalledProcessError)
+
+
+def finish(options, recipe, seed):
+    """Trains and scores a run unless that is done. Returns its folder."""
+    folder = options.out.resolve() / f"{recipe}-{seed}"
+    train = ["train.py", "shapes", "--out", folder, "--seed", str(seed), *RECIPES[recipe]]
+    train += ["--steps", str(options.steps), "--eval-count", str(options.eval_count)]
+    train += ["--sample-every", "0", "--resume"]
     for command in [] if (folder / "results.json").exists() else [train, ["evaluate.py", folder]]:
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-    if len((folder / "log.jsonl").read_text().splitlines()) != steps:
-        raise ValueError(f"{folder}: has not {steps} steps; delete it or choose another --out")
+    if len((folder / "log.jsonl").read_text().splitlines()) != options.steps:
+        raise ValueError(f"{folder}: not {options.steps} steps; delete it or choose another --out")
+    return folder
 
 
-def values_of(folders, model, score):
-    """(runs, images), NaN where an image has none; of all images together: (runs, 1)."""
-    values = []
-    for folder in folders:
-        if score == "frechet_distance":
-            values.append([json.loads((folder / "results.json").read_text())[model][score]])
-        else:
-            rows = map(json.loads, (folder / "scores.jsonl").read_text().splitlines())
-            values.append([row[score] for row in rows if row["model"] == model])
-    return np.array(values, dtype=float)
+def read(folder, model):
+    """{score: (images,)} of a run's "base" or "tuned"; a score of all images is repeated."""
+    lines = (folder / "scores.jsonl").read_text().replace("null", "NaN").splitlines()
+    rows = [row for row in map(json.loads, lines) if row["model"] == model]
+    scores = json.loads((folder / "results.json").read_text())[model]
+    return {score: [row.get(score, mean) for row in rows] for score, mean in scores.items()}
 
 
 def compare(base, tuned, resamples=10_000):
-    """Means of scores (seeds, images), and the 95 % interval of their difference: percentiles over
-    resamples of seeds and of images, the same for both."""
-    rng, (seeds, images) = np.random.default_rng(0), base.shape
-    differences = []
-    for _ in range(resamples):
-        drawn = np.ix_(rng.integers(seeds, size=seeds), rng.integers(images, size=images))
-        differences.append(np.nanmean(tuned[drawn]) - np.nanmean(base[drawn]))
-    means = {"base": np.nanmean(base), "tuned": np.nanmean(tuned)}
-    low, high = np.nanpercentile(differences, [2.5, 97.5])
-    return {**means, "difference": means["tuned"] - means["base"], "interval": [low, high]}
+    """[mean of base, of tuned, 95 % interval of their difference] of scores (seeds, images)."""
+    generator, (seeds, images) = torch.Generator().manual_seed(0), base.shape
+    column = torch.randint(images, (resamples, 1, images), generator=generator)
+    row = torch.randint(seeds, (resamples, seeds, 1), generator=generator)  # the same for both
+    differences = tuned[row, column].nanmean((1, 2)) - base[row, column].nanmean((1, 2))
+    interval = differences.nanquantile(torch.tensor([0.025, 0.975])).tolist()
+    return [base.nanmean().item(), tuned.nanmean().item(), interval]
 
 
 def markdown(table):
     """A row a score, a column a recipe: its mean, the difference to the base, the interval."""
     lines = ["| | base | " + " | ".join(RECIPES) + " |", "|---" * (len(RECIPES) + 2) + "|"]
     for score, cells in table.items():
-        line = f"| {score.replace('_', ' ')} | {cells['CM']['base']:.3f} |"
-        for cell in cells.values():
-            low, high = cell["interval"]
-            line += f" {cell['tuned']:.3f}, {cell['difference']:+.3f} [{low:.3f}, {high:.3f}] |"
-        lines.append(line)
+        lines.append(f"| {score.replace('_', ' ')} | {cells['CM'][0]:.3f} |")
+        for base, tuned, (low, high) in cells.values():
+            lines[-1] += f" {tuned:.3f}, {tuned - base:+.3f} [{low:.3f}, {high:.3f}] |"
     return "\n".join(lines)
 
 
 def chart(table):
     """Differences to the base: a panel a score, a point and its interval a recipe."""
     figure = Figure(figsize=(9, 4.4), dpi=figures.DPI, layout="constrained")
-    panels = figure.subplots(4, 2, sharey=True).flatten()
-    panels[-1].set_axis_off()
-    for axes, (score, cells) in zip(panels, table.items()):
+    for axes, (score, cells) in zip(figure.subplots(2, 4, sharey=True).flat, table.items()):
         figures.plain(axes, "x")
         axes.axvline(0, color=figures.FAINT, linewidth=1)
-        for recipe, cell in cells.items():
-            axes.plot(cell["interval"], [recipe] * 2, color=figures.COLOURS["tuned"])
-            axes.plot(cell["difference"], recipe, "o", color=figures.COLOURS["tuned"])
-        axes.set_title(f"{score.replace('_', ' ')}, minus base", fontsize=9.5, color=figures.INK)
+        for recipe, (base, tuned, (low, high)) in cells.items():
+            axes.plot([low, tuned - base, high], [recipe] * 3, "o-", color=BLUE, markevery=[1])
+        axes.set_title(f"{score.replace('_', ' ')}\nminus base", fontsize=9, color=figures.INK)
     return figure
 
 
 def main(options):
-    common = ["--eval-count", str(options.eval_count), "--sample-every", "0"]
-    table = {score: {} for score in SCORES}
-    for recipe, flags in RECIPES.items():
-        folders = [options.out.resolve() / f"{recipe}-{seed}" for seed in options.seeds]
-        for seed, folder in zip(options.seeds, folders):
-            finish(folder, ["--seed", str(seed), *common, *flags], options.steps)
-        for score in SCORES:
-            sides = [values_of(folders, model, score) for model in ("base", "tuned")]
-            table[score][recipe] = compare(*sides)
+    table = {}
+    for recipe in RECIPES:
+        folders = [finish(options, recipe, seed) for seed in options.seeds]
+        base = [read(folder, "base") for folder in folders]
+        tuned = [read(folder, "tuned") for folder in folders]
+        for score in base[0]:
+            sides = [torch.tensor([run[score] for run in runs]) for runs in (base, tuned)]
+            table.setdefault(score, {})[recipe] = compare(*sides)
     utils.write(options.out / "ablation.json", json.dumps(table, indent=2) + "\n")
     chart(table).savefig(options.out / "ablation.png")
     print(markdown(table))
 
 
 if __name__ == "__main__":
-    with utils.one_line_errors(
-        "ablation.py", faults=(ValueError, OSError, subprocess.CalledProcessError)
-    ):
+    with utils.one_line_errors("ablation.py", faults=FAULTS):
         main(options)

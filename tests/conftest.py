@@ -1,10 +1,15 @@
 """What the tests share: tiny random models of the true classes, and one trained output folder."""
 
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -115,15 +120,14 @@ def same(a, b):
 
 
 def watched_step(run):
-    """Takes a training step: (the gradients that the optimisers get, in a list; what it logs)."""
+    """Takes a training step: (the gradients that the optimiser gets, in a list; what it logs)."""
     gradients = []
 
     def keep(optimizer, *rest):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients.extend(p.grad.clone() for p in parameters)
 
-    for optimizer in run.optimizers():
-        optimizer.register_step_pre_hook(keep)
+    run.optimizer.register_step_pre_hook(keep)
     log, troubles = train.train_step(run)
     return gradients, log
 
@@ -134,6 +138,50 @@ def command(*arguments, env=None, timeout=300):
     arguments = [sys.executable, *map(str, arguments)]
     options = {"capture_output": True, "text": True, "timeout": timeout}
     return subprocess.run(arguments, cwd=ROOT, env=environment, **options)
+
+
+class Ended(NamedTuple):
+    """How a process ended: its exit code, minus the signal that killed it, and what it wrote."""
+
+    code: int
+    output: str
+
+
+def forked(body, world_size=1, timeout=200):
+    """Runs body() in processes forked from this one, which has imported the libraries already; of
+    several each is a rank as torchrun starts it. What body changes stays in there. An Ended each;
+    what still runs after `timeout` seconds is killed."""
+    files = [tempfile.TemporaryFile("w+", buffering=1) for _ in range(world_size)]
+    port = str(free_port())
+
+    def start(rank):
+        sys.stdout = sys.stderr = files[rank]
+        os.dup2(files[rank].fileno(), 1)
+        os.dup2(files[rank].fileno(), 2)
+        if world_size > 1:
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+            os.environ.update({name: str(value) for name, value in ranks.items()})
+            os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        body()
+
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=start, args=(rank,)) for rank in range(world_size)]
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+        process.kill()
+        process.join()
+    for file in files:
+        file.seek(0)
+    return [Ended(process.exitcode, file.read()) for process, file in zip(processes, files)]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

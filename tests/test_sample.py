@@ -48,7 +48,7 @@ def out(tmp_path_factory):
     c = small_config(tmp_path_factory.mktemp("sample"))
     pipe, _ = diffusion.open_pipeline(c)
     randomise(diffusion.add_adapter(pipe.unet, diffusion.ADAPTER, 2), scale=0.2)
-    diffusion.save_lora(pipe, c.out / "checkpoints/step-000004", diffusion.ADAPTER)
+    models.save_adapter(pipe, c.out / "checkpoints/step-000004", diffusion.ADAPTER)
     (c.out / "checkpoints/latest").symlink_to("step-000004")
     configuration.save(c, c.out / "config.json")
     return c.out
@@ -156,7 +156,7 @@ def test_stable_diffusion_and_another_sampler_go_the_same_way(sd15, tmp_path):  
     c = small_config(tmp_path, model=sd15, scheduler="euler", attention_blocks=("up_blocks.1",))
     pipe, _ = diffusion.open_pipeline(c)
     randomise(diffusion.add_adapter(pipe.unet, diffusion.ADAPTER, 2), scale=0.2)
-    diffusion.save_lora(pipe, c.out / "checkpoints/latest", diffusion.ADAPTER)
+    models.save_adapter(pipe, c.out / "checkpoints/latest", diffusion.ADAPTER)
     configuration.save(c, c.out / "config.json")
     draw(c.out, activation=True, attention=True)
     assert len(list((c.out / "images").iterdir())) == 8

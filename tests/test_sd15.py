@@ -91,7 +91,7 @@ def test_sample_and_replay_and_a_lora_that_the_stock_pipeline_loads(folder, tmp_
     with torch.no_grad():
         for p in parameters:
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
-    diffusion.save_lora(pipe, tmp_path / "lora", diffusion.ADAPTER)
+    models.save_adapter(pipe, tmp_path / "lora", diffusion.ADAPTER)
 
     stock = StableDiffusionPipeline.from_pretrained(
         folder, safety_checker=None, scheduler=pipe.scheduler

@@ -6,10 +6,10 @@ Each run is train.py and evaluate.py in OUT/<recipe>-<seed>; what is finished is
 was cut off goes on. Writes OUT/ablation.json, OUT/ablation.png and prints the table."""
 
 import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import CalledProcessError, run
 
 import tyro
 
@@ -43,18 +43,13 @@ NO_FP = ["--adversarial-weight", "0", "--adversarial-cap", "0"]  # fidelity pres
 RECIPES = {"CM": NO_AC + NO_FP, "CM+AC": NO_FP, "CM+FP": NO_AC, "CM+AC+FP": []}
 
 
-BLUE = figures.COLOURS["tuned"]
-FAULTS = (ValueError, OSError, subprocess.CalledProcessError)
-
-
 def finish(options, recipe, seed):
     """Trains and scores a run unless that is done. Returns its folder."""
     folder = options.out.resolve() / f"{recipe}-{seed}"
     train = ["train.py", "shapes", "--out", folder, "--seed", str(seed), *RECIPES[recipe]]
-    train += ["--steps", str(options.steps), "--eval-count", str(options.eval_count)]
-    train += ["--sample-every", "0", "--resume"]
+    train += ["--steps", str(options.steps), "--eval-count", str(options.eval_count), "--resume"]
     for command in [] if (folder / "results.json").exists() else [train, ["evaluate.py", folder]]:
-        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+        run([sys.executable, *command], cwd=ROOT, check=True)
     if len((folder / "log.jsonl").read_text().splitlines()) != options.steps:
         raise ValueError(f"{folder}: not {options.steps} steps; delete it or choose another --out")
     return folder
@@ -95,7 +90,9 @@ def chart(table):
         figures.plain(axes, "x")
         axes.axvline(0, color=figures.FAINT, linewidth=1)
         for recipe, (base, tuned, (low, high)) in cells.items():
-            axes.plot([low, tuned - base, high], [recipe] * 3, "o-", color=BLUE, markevery=[1])
+            axes.plot(
+                [low, tuned - base, high], [recipe] * 3, "o-", color=figures.INK, markevery=[1]
+            )
         axes.set_title(f"{score.replace('_', ' ')}\nminus base", fontsize=9, color=figures.INK)
     return figure
 
@@ -107,7 +104,7 @@ def main(options):
         base = [read(folder, "base") for folder in folders]
         tuned = [read(folder, "tuned") for folder in folders]
         for score in base[0]:
-            sides = [torch.tensor([run[score] for run in runs]) for runs in (base, tuned)]
+            sides = [torch.tensor([one[score] for one in runs]) for runs in (base, tuned)]
             table.setdefault(score, {})[recipe] = compare(*sides)
     utils.write(options.out / "ablation.json", json.dumps(table, indent=2) + "\n")
     chart(table).savefig(options.out / "ablation.png")
@@ -115,5 +112,5 @@ def main(options):
 
 
 if __name__ == "__main__":
-    with utils.one_line_errors("ablation.py", faults=FAULTS):
+    with utils.one_line_errors("ablation.py", faults=(ValueError, OSError, CalledProcessError)):
         main(options)

@@ -75,13 +75,13 @@ def random_objects(rng, count):
 class Thing:
     """A drawn object: centre and radius in pixels; `rgb` may be a faded or a mixed colour."""
 
-    colour: str
     shape: str
+    rgb: tuple
     x: float
     y: float
     radius: float
-    rgb: tuple
-    other: str  # the colour that is mixed in, if any
+    colour: str = ""
+    other: str = ""  # the colour that is mixed in, if any
     visible: float = 1.0  # what fading has left of it
     own: float = 1.0  # what mixing has left of its own colour
 
@@ -99,7 +99,7 @@ def place(rng, objects):
             y = rng.uniform(radius + 0.5, SIZE - radius - 0.5)
             clear = [max(abs(x - t.x), abs(y - t.y)) > radius + t.radius + 1 for t in things]
             if all(clear):
-                things.append(Thing(colour, shape, x, y, radius, COLOURS[colour], colour))
+                things.append(Thing(shape, COLOURS[colour], x, y, radius, colour, colour))
         if len(things) == len(objects):
             return things
 
@@ -145,7 +145,7 @@ def normalise(mask):
     return F.interpolate(crop, (16, 16), mode="bilinear", align_corners=False)[0, 0] > 0.5
 
 
-LARGE = [Thing("", shape, x=32, y=32, radius=24, rgb=GREY, other="") for shape in SHAPES]
+LARGE = [Thing(shape, GREY, x=32, y=32, radius=24) for shape in SHAPES]
 TEMPLATES = torch.stack([normalise(coverage(thing, size=64) > 0.5) for thing in LARGE])
 
 

@@ -192,3 +192,50 @@ def trained(tmp_path_factory):
     changes |= {"checkpoint_every": 1, "keep": 2, **ALL_LOSSES}
     train.main(small_config(folder, **changes))
     return folder / "run"
+
+
+def tiny_sd15(folder):
+    """Writes an untrained Stable Diffusion 1.5 pipeline, tiny, with its own PNDM scheduler. It has
+    one text encoder, no size conditioning, and cross-attention in other blocks than SDXL."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    tokenizer = pretrain.build_tokenizer()
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=32,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=diffusers.PNDMScheduler(**noise, skip_prk_steps=True, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+    )
+    pipe.save_pretrained(folder)

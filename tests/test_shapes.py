@@ -1,186 +1,310 @@
-"""The embedded world: grammar, renderer, oracle, segmenter, and what is in weights/shapes."""
+"""The shapes world: grammar, renderer, oracle, segmenter, weights; pretrain.py and ablation.py."""
 
+import json
 import random
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import config
 import masks
 import prompts
-import shapes
+import rewards
+import utils
+from shapes import ablation, pretrain, world
 
 NAN = float("nan")
+PROMPT = "a red circle and a blue square"
 
 
 def picture(rng, objects):
-    return shapes.render(shapes.place(rng, objects))
+    return world.render(world.place(rng, objects))
 
 
-def verdict(drawn, prompt, seed=0):
-    return shapes.score(picture(random.Random(seed), drawn), prompt)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Oracle
 
 
 def test_the_oracle_reads_clean_renders_right():
     rng = random.Random(0)
-    for prompt in rng.sample(shapes.all_prompts(2, True) + shapes.all_prompts(2, False), 200):
-        objects = shapes.objects_of(prompt)
+    perfect = dict(fully_right=1, all_asked=1, objects_present=1, attributes_bound=1)
+    for prompt in rng.sample(world.all_prompts(True) + world.all_prompts(False), 200):
+        objects = world.objects_of(prompt)
         image = picture(rng, objects)
-        assert sorted(shapes.read(image)) == sorted(objects), prompt
-        assert shapes.score(image, prompt) == {
-            "fully_right": 1.0,
-            "all_asked": 1.0,
-            "objects_present": 1.0,
-            "attributes_bound": 1.0,
-            "extra_objects": 0.0,
-        }
+        assert sorted(world.read(image)) == sorted(objects), prompt
+        assert world.score(image, prompt) == {**perfect, "extra_objects": 0}
 
 
-PROMPT = "a red circle and a blue square"
 CASES = {  # what is drawn: fully_right, all_asked, objects_present, attributes_bound, extra_objects
-    "an object is missing": ((("red", "circle"),), (0, 0, 0.5, 1, 0)),
-    "colours are swapped": ((("blue", "circle"), ("red", "square")), (0, 0, 1, 0, 0)),
-    "one colour has leaked": ((("red", "circle"), ("red", "square")), (0, 0, 1, 0.5, 0)),
-    "an object is extra": (
-        (("red", "circle"), ("blue", "square"), ("green", "ring")),
-        (0, 1, 1, 1, 1),
-    ),
-    "another copy is extra": (
-        (("red", "circle"), ("blue", "square"), ("blue", "square")),
-        (0, 1, 1, 1, 1),
-    ),
-    "other objects": ((("green", "ring"), ("white", "cross")), (0, 0, 0, NAN, 0)),
-    "nothing": ((), (0, 0, 0, NAN, 0)),
+    "red circle": (0, 0, 0.5, 1, 0),
+    "blue circle, red square": (0, 0, 1, 0, 0),
+    "red circle, red square": (0, 0, 1, 0.5, 0),
+    "red circle, blue square, green ring": (0, 1, 1, 1, 1),
+    "red circle, blue square, blue square": (0, 1, 1, 1, 1),
+    "blue square, red circle": (1, 1, 1, 1, 0),
+    "green ring, white cross": (0, 0, 0, NAN, 0),
+    "": (0, 0, 0, NAN, 0),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_oracles_judgement(case):
-    drawn, expected = CASES[case]
+@pytest.mark.parametrize("drawn", CASES)
+def test_the_oracles_judgement(drawn):
     for seed in range(5):
-        found = (
-            list(verdict(drawn, PROMPT, seed).values())
-            if drawn
-            else list(shapes.score(torch.full((3, 32, 32), shapes.GREY), PROMPT).values())
-        )
-        assert found == pytest.approx(list(expected), nan_ok=True)
-
-
-def test_the_order_of_a_prompt_does_not_matter():
-    assert verdict((("blue", "square"), ("red", "circle")), PROMPT)["fully_right"] == 1
+        image = picture(random.Random(seed), world.objects_of(drawn))
+        values = list(world.score(image, PROMPT).values())
+        assert values == pytest.approx(list(CASES[drawn]), nan_ok=True)
 
 
 def test_a_blob_is_no_shape():
-    image = torch.full((3, 32, 32), shapes.GREY)
-    image[:, 3:28, 5:8] = image[:, 25:28, 5:28] = torch.tensor(shapes.COLOURS["red"])[
-        :, None, None
-    ]  # an L
-    assert shapes.read(image) == [("red", None)]
+    image = world.render([])
+    image[:, 3:28, 5:8] = image[:, 25:28, 5:28] = torch.tensor(world.COLOURS["red"])[:, None, None]
+    assert world.read(image) == [("red", None)]
 
 
 def test_noise_does_not_confuse_the_oracle():
-    rng = random.Random(1)
-    right = 0
+    rng, right = random.Random(1), 0
+    generator = torch.Generator().manual_seed(0)
     for _ in range(20):
-        image = picture(rng, shapes.objects_of(PROMPT)) + 0.05 * torch.randn(3, 32, 32)
-        right += shapes.score(image.clamp(0, 1), PROMPT)["fully_right"]
+        noise = 0.05 * torch.randn(3, 32, 32, generator=generator)
+        image = picture(rng, world.objects_of(PROMPT)) + noise
+        right += world.score(image.clamp(0, 1), PROMPT)["fully_right"]
     assert right >= 19
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Grammar and lists
 
 
-def sets_of(listed):
-    return {frozenset(shapes.objects_of(p)) for p in listed}
-
-
-def test_training_and_held_out_prompts_share_no_object_set():
-    train, held_out = (shapes.all_prompts(2, side) for side in (False, True))
-    assert not sets_of(train) & sets_of(held_out)
+def test_training_and_held_out_prompts_share_no_set_of_objects():
+    train, held_out = world.all_prompts(False), world.all_prompts(True)
+    sets = [{frozenset(world.objects_of(p)) for p in side} for side in (train, held_out)]
+    assert not sets[0] & sets[1]
     assert len(train) + len(held_out) == 8 * 7 * 5 * 4
-    assert 0.2 < len(held_out) / (len(train) + len(held_out)) < 0.4
+    assert 0.2 < len(held_out) / (8 * 7 * 5 * 4) < 0.4
     rng = random.Random(0)
-    assert not any(shapes.is_held_out(shapes.random_scene(rng)[0]) for _ in range(300))
-    assert all(
-        shapes.is_held_out(tuple(reversed(o))) == shapes.is_held_out(o)
-        for o in map(shapes.objects_of, train[:50] + held_out[:50])
-    )
+    assert not any(world.is_held_out(world.random_objects(rng, 1 + i % 3)) for i in range(300))
 
 
-def test_the_lists_in_weights_are_the_two_sides_of_the_split():
-    train, held_out = (
-        prompts.read(config.SHAPES / f"prompts/{name}.txt") for name in ("train", "heldout")
-    )
-    assert sorted(train) == sorted(shapes.all_prompts(2, False))
-    assert sorted(held_out) == sorted(shapes.all_prompts(2, True))
-    assert train != sorted(train)
+def test_the_saved_lists_are_what_pretrain_writes(tmp_path):
+    pretrain.main(pretrain.Config(only=("prompts",), out=tmp_path))
+    for name, held_out in (("train.txt", False), ("heldout.txt", True)):
+        saved = prompts.read(config.SHAPES / "prompts" / name)
+        assert saved == prompts.read(tmp_path / "prompts" / name)
+        assert sorted(saved) == sorted(world.all_prompts(held_out)) != saved
 
 
 def test_a_prompt_is_its_objects():
-    assert shapes.objects_of(PROMPT) == [("red", "circle"), ("blue", "square")]
-    assert shapes.prompt_of(shapes.objects_of(PROMPT)) == PROMPT
-    assert shapes.objects_of("A Red Circle, next to a cat") == [("red", "circle")]
+    assert world.objects_of(PROMPT) == [("red", "circle"), ("blue", "square")]
+    assert world.prompt_of(world.objects_of(PROMPT)) == PROMPT
+    assert world.objects_of("A Red Circle, next to a cat") == [("red", "circle")]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Segmenter and weights
+# --------------------------------------------------------------------------------------------------
+# Segmenter and captioner
 
 
-def test_the_segmenter_finds_each_noun_and_nothing_else():
-    segmenter = masks.load_segmenter(config.PRESETS["shapes"][1])
+def test_the_segmenter_cuts_out_each_noun_and_nothing_else():
+    segmenter = masks.load_segmenter(config.PRESETS["shapes"][1], "cpu")
     rng, overlaps, absent = random.Random(2), [], []
     for _ in range(40):
-        objects = shapes.random_objects(rng, 2)
-        things = shapes.place(rng, objects)
-        other = next(s for s in shapes.SHAPES if s not in {t.shape for t in things})
-        image = shapes.render(things)[None]
-        (found,) = segmenter.masks(image, [[*(t.shape for t in things), other, "dog"]])
-        assert found.shape == (4, 32, 32) and set(found.unique().tolist()) <= {0.0, 1.0}
-        truth = shapes.coverage(things) > 0.5
-        overlaps += [((f > 0) & t).sum() / ((f > 0) | t).sum() for f, t in zip(found, truth)]
-        absent.append(found[2].sum().item())
-        assert found[3].sum() == 0  # a noun of another world: an empty mask
+        things = world.place(rng, world.random_objects(rng, 2))
+        nouns = [thing.shape for thing in things]
+        other = next(shape for shape in world.SHAPES if shape not in nouns)
+        image = world.render(things)[None]
+        (cut,) = segmenter.masks(image, [[*nouns, other, "dog"]])
+        assert cut.shape == (4, 32, 32) and set(cut.unique().tolist()) <= {0.0, 1.0}
+        for mask, thing in zip(cut, things):
+            truth = world.coverage(thing) > 0.5
+            overlaps.append(((mask > 0) & truth).sum() / ((mask > 0) | truth).sum())
+        absent.append(cut[2].sum().item())
+        assert cut[3].sum() == 0  # a noun of another world
     assert torch.stack(overlaps).mean() > 0.8 and sum(absent) / len(absent) < 15
 
 
 def test_a_prompt_without_nouns_has_no_masks():
-    segmenter = masks.load_segmenter(config.PRESETS["shapes"][1])
+    segmenter = world.Segmenter.load(config.SHAPES / "segmenter")
     first, second = segmenter.masks(torch.rand(2, 3, 32, 32), [[], ["ring"]])
     assert first.shape == (0, 32, 32) and second.shape == (1, 32, 32)
 
 
 def test_a_folder_without_a_segmenter_is_refused(tmp_path):
+    preset = replace(config.PRESETS["shapes"][1], segmenter=str(tmp_path))
     with pytest.raises(ValueError, match=f"--segmenter {tmp_path}"):
-        masks.load_segmenter(replace(config.PRESETS["shapes"][1], segmenter=str(tmp_path)))
+        masks.load_segmenter(preset, "cpu")
 
 
 def test_weights_are_small_enough_for_git():
-    files = [p for p in config.SHAPES.rglob("*") if p.is_file()]
-    assert {"pipeline", "captioner", "segmenter", "prompts"} <= {
-        p.relative_to(config.SHAPES).parts[0] for p in files
-    }
-    assert sum(p.stat().st_size for p in files) <= 15 * 2**20
+    sizes = {folder.name: 0 for folder in config.SHAPES.iterdir() if folder.is_dir()}
+    assert {"pipeline", "captioner", "segmenter", "prompts"} <= set(sizes)
+    assert sum(p.stat().st_size for p in config.SHAPES.rglob("*") if p.is_file()) <= 15 * 2**20
 
 
 def test_the_captioner_prefers_the_true_caption():
-    """The trained captioner and the loss agree on the world's nouns and colours."""
-    import losses
-
-    captioner, tokenizer = losses.load_captioner(
-        str(config.SHAPES / "captioner"), "cpu", torch.float32
-    )
+    blip = rewards.load_blip(config.PRESETS["shapes"][1], torch.device("cpu"))
     rng, right = random.Random(3), 0
     for _ in range(20):
-        (colour, shape), other = objects = shapes.random_objects(rng, 2)
-        wrong = next(c for c in shapes.COLOURS if c not in (colour, other[0]))
-        image = picture(rng, objects)[None].repeat(2, 1, 1, 1)
-        texts = [shapes.prompt_of(objects), shapes.prompt_of(((wrong, shape), other))]
-        true, false = losses.caption_loss(captioner, tokenizer, image, texts)
-        right += true.item() < false.item()
+        (colour, shape), other = objects = world.random_objects(rng, 2)
+        wrong = next(c for c in world.COLOURS if c not in (colour, other[0]))
+        texts = [world.prompt_of(objects), world.prompt_of(((wrong, shape), other))]
+        true, false = blip(picture(rng, objects)[None].repeat(2, 1, 1, 1), texts)
+        right += (true > false).item()
     assert right >= 18
+
+
+# --------------------------------------------------------------------------------------------------
+# pretrain.py
+
+
+def test_a_viewer_names_what_is_left_of_a_thing():
+    """Half is a coin toss; whole things are named right, gone ones not at all, recoloured ones by
+    their new colour: nearly always."""
+    counts = {}
+    for amount in (0.0, 0.5, 1.0):
+        seen = {"faded": 0, "mixed": 0}
+        for seed in range(200):
+            rng = random.Random(seed)
+            first, second = world.place(rng, world.objects_of(PROMPT))
+            pretrain.fade(first, amount)
+            second.own, second.other = 1 - amount, "red"
+            prompt = pretrain.perceive(rng, [first, second])
+            seen["faded"] += "circle" in prompt
+            seen["mixed"] += "blue square" in prompt
+        counts[amount] = seen
+    assert min(counts[0.0].values()) > 185 and max(counts[1.0].values()) < 15
+    assert 70 < min(counts[0.5].values()) and max(counts[0.5].values()) < 130
+
+
+def test_scenes_are_corrupted_as_often_as_asked():
+    scenes = pretrain.random_scenes(random.Random(0), 400, share=0.6)
+    drawn = [[thing.rgb != world.COLOURS[thing.colour] for thing in scene] for scene in scenes]
+    assert max(map(sum, drawn)) == 1 and 200 < sum(map(sum, drawn)) < 280
+    left = [thing.visible * thing.own for scene in scenes for thing in scene]
+    assert 0 <= min(left) and sum(value < 1 for value in left) == sum(map(sum, drawn))
+
+
+def test_fit_ends_with_the_average_of_the_weights():
+    torch.manual_seed(0)
+    last = {}
+    for decay in (0.0, 0.9):
+        model = torch.nn.Linear(1, 1)
+        torch.nn.init.zeros_(model.weight)
+
+        def loss_of(rng, generator, model=model):
+            return (model.weight - 1).square().sum() + 0 * model.bias.sum()
+
+        options = pretrain.Config(steps_scale=0.02)
+        pretrain.fit(options, "line", model, loss_of, steps=1000, lr=0.5, ema_decay=decay)
+        last[decay] = model.weight.item()
+        assert not model.training and not model.weight.requires_grad
+    assert 0 < last[0.9] < last[0.0]
+
+
+def test_a_stage_leaves_what_the_world_loads(tmp_path, monkeypatch):
+    quick = pretrain.Config(out=tmp_path, steps_scale=0, only=("vae", "segmenter"))
+    monkeypatch.setattr(pretrain, "held_out", lambda seed, held_out=pretrain.held_out: few(seed))
+    pretrain.main(quick)
+    saved = load_file(tmp_path / "segmenter/model.safetensors")
+    loaded = world.Segmenter.load(tmp_path / "segmenter").state_dict()
+    assert all(torch.equal(saved[name], loaded[name]) for name in loaded)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert list(scores) == ["vae", "segmenter"] and 0 <= scores["segmenter"]["foreground_iou"] <= 1
+
+
+def few(seed):
+    return world.render([])[None].repeat(2, 1, 1, 1), [PROMPT] * 2
+
+
+def test_a_stage_without_its_vae_is_refused(tmp_path):
+    with pytest.raises(OSError, match="pipeline/vae"):
+        pretrain.main(pretrain.Config(only=("unet",), out=tmp_path))
+    assert pretrain.Config().out.resolve() != config.SHAPES
+
+
+# --------------------------------------------------------------------------------------------------
+# ablation.py
+
+
+def test_recipes_switch_off_what_their_names_leave_out():
+    for name, flags in ablation.RECIPES.items():
+        c = config.parse(["shapes", *flags])
+        config.check(c)
+        assert config.reward_weights(c)["blip"] > 0
+        assert (c.token_weight > 0) == (c.pixel_weight > 0) == ("AC" in name)
+        assert (c.adversarial_weight > 0) == ("FP" in name)
+
+
+def finished(folder, gain, seed=0, steps=20):
+    """A run whose tuned scores are the base's plus `gain`, with noise; one has none."""
+    generator = torch.Generator().manual_seed(seed)
+    lines = []
+    for i, (noise, other) in enumerate(torch.randn(40, 2, generator=generator).tolist()):
+        base = 0.5 + 0.1 * noise
+        for model, value in (("base", base), ("tuned", base + gain + 0.1 * other)):
+            bound = None if i == 3 else value
+            lines.append(dict(model=model, fully_right=value, attributes_bound=bound))
+    means = {"fully_right": 0, "attributes_bound": 0, "frechet_distance": 1.0}
+    results = {"base": means, "tuned": {**means, "frechet_distance": 1 + gain}}
+    utils.write(folder / "scores.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    utils.write(folder / "results.json", json.dumps(results))
+    utils.write(folder / "log.jsonl", "{}\n" * steps)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What would have been started; a run's training ends with an error if its seed is 13."""
+    started = []
+
+    def run(command, **options):
+        script, folder = Path(command[1]), Path(command[-1])
+        if script.name == "train.py":
+            folder = Path(command[command.index("--out") + 1])
+            if folder.name.endswith("13"):
+                raise subprocess.CalledProcessError(1, command)
+        else:
+            recipe, seed = folder.name.rsplit("-", 1)
+            finished(folder, 0.1 * (1 + list(ablation.RECIPES).index(recipe)), int(seed))
+        started.append((script.name, folder.name))
+
+    monkeypatch.setattr(ablation, "run", run)
+    return started
+
+
+def test_an_ablation_trains_scores_compares_and_runs_nothing_twice(tmp_path, calls, capsys):
+    options = ablation.Options(out=tmp_path, seeds=(0, 1), steps=20)
+    ablation.main(options)
+    assert len(calls) == 16
+    assert calls[:3] == [("train.py", "CM-0"), ("evaluate.py", "CM-0"), ("train.py", "CM-1")]
+    table = json.loads((tmp_path / "ablation.json").read_text())
+    for i, recipe in enumerate(ablation.RECIPES, 1):
+        for score in ("fully_right", "attributes_bound"):
+            base, tuned, (low, high) = table[score][recipe]
+            assert tuned - base == pytest.approx(0.1 * i, abs=0.04) and low < tuned - base < high
+            assert 0.01 < high - low < 0.1
+        assert table["frechet_distance"][recipe][2] == pytest.approx([0.1 * i] * 2, abs=1e-5)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| | base | CM | CM+AC | CM+FP | CM+AC+FP |"
+    assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
+    assert (tmp_path / "ablation.png").stat().st_size > 10_000
+
+    ablation.main(options)
+    assert len(calls) == 16
+    with pytest.raises(ValueError, match="CM-0: not 60 steps; delete it or choose another --out"):
+        ablation.main(replace(options, steps=60))
+
+
+def test_a_failed_run_starts_no_other(tmp_path, calls):
+    with pytest.raises(subprocess.CalledProcessError):
+        ablation.main(ablation.Options(out=tmp_path, seeds=(13, 0), steps=20))
+    assert calls == []
+
+
+def test_seeds_that_differ_widen_the_interval():
+    same = torch.zeros(3, 50)
+    apart = torch.tensor([[-1.0], [0.0], [1.0]]).expand(3, 50)
+    assert ablation.compare(same, same) == [0, 0, [0, 0]]
+    low, high = ablation.compare(same, apart)[2]
+    assert low < -0.5 and high > 0.5

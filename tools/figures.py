@@ -120,7 +120,7 @@ def attention_chart(prompt, words, rows):
     W))}."""
     words = [word for word in words if word.entity is not None]
     columns = len(words) + 1
-    size = max(4, 1.3 * columns), 0.8 + 1.5 * len(rows)
+    size = max(4, 1.3 * columns), 0.7 + 1.4 * len(rows)
     figure = Figure(size, dpi=DPI, layout="constrained")
     panels = figure.subplots(len(rows), columns, squeeze=False)
     for axes in panels.flat:

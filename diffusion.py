@@ -13,7 +13,7 @@ graph of its own:
 """
 
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -218,7 +218,7 @@ def ddpm_step(t, alpha, alpha_next, kind):
     p = alpha_next**0.5 * beta / (1 - alpha)
     q = (1 - beta) ** 0.5 * (1 - alpha_next) / (1 - alpha)
     variance = (1 - alpha_next) / (1 - alpha) * beta
-    return Step(t, a=p * x0.z + q, b=p * x0.out, c=variance**0.5 if t > 0 else 0.0)
+    return Step(t, a=p * x0.z + q, b=p * x0.out, c=variance**0.5)
 
 
 def ddim_step(t, alpha, alpha_next, kind):
@@ -287,16 +287,15 @@ def replay(pipe, plan, text, states, gradient, guidance_scale, attended=None, th
         if i in states:
             z = states[i].detach().requires_grad_(through_inputs)
             blocks = attended.blocks if attended and i in attended.steps else ()
-            with attention.uncompiled() if blocks else nullcontext():  # backwards too
-                with attention.capture(pipe.unet, blocks) as captured:
-                    output = guided(pipe, step, z, text, guidance_scale)
-                loss = (step.b * gradient * output).sum()
-                if captured:
-                    maps = attention.attention_maps(captured, batch, aspect)
-                    attention_loss, note = attended.loss(maps)
-                    loss = loss + attention_loss
-                    notes.append(note)
-                loss.backward()
+            with attention.capture(pipe.unet, blocks) as captured:
+                output = guided(pipe, step, z, text, guidance_scale)
+            loss = (step.b * gradient * output).sum()
+            if captured:
+                maps = attention.attention_maps(captured, batch, aspect)
+                attention_loss, note = attended.loss(maps)
+                loss = loss + attention_loss
+                notes.append(note)
+            loss.backward()
             through = z.grad if through_inputs else 0
         gradient = step.a * gradient + through  # dL/dz_i from dL/dz_{i+1}
     return notes

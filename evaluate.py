@@ -61,6 +61,7 @@ if __name__ == "__main__":
 import json
 import os
 import re
+from collections import Counter
 from functools import cache, partial
 
 import torch
@@ -82,6 +83,7 @@ SETTINGS = (
     "model scheduler num_steps guidance_scale resolution dtype captioner caption_prefix parser"
 )
 PARTS = "base", "tuned", "difference", "interval"
+SIDES = {"base": None, "tuned": diffusion.ADAPTER}
 SHOWN = 8  # prompts in before_after.png
 OTHER = 700_000_001  # added to a seed for the base's image with another seed
 RESAMPLES, RESAMPLES_FRECHET = 10_000, 200
@@ -110,10 +112,11 @@ class Setup:
 
     def latents(self, items, adapters):
         """Finished latents (B, 4, h, w) of the items, for each adapter."""
-        size = self.config.guidance_scale, self.config.resolution
-        batch = self.options.batch or self.config.batch
-        work = self.pipe, self.plan, items.prompts
-        return imaging.latents(*work, *size, adapters=adapters, seeds=items.seeds, batch=batch)
+        c = self.config
+        settings = {"adapters": adapters, "seeds": items.seeds, "batch": len(items.seeds)}
+        return imaging.latents(
+            self.pipe, self.plan, items.prompts, c.guidance_scale, c.resolution, **settings
+        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -185,8 +188,9 @@ def vqa_probabilities(model, tokenizer, image, questions):
     if not questions:
         return torch.ones(0)
     image = imaging.to_pil(image)  # 8 bits, as in the PNG files that they score
-    image = TF.to_tensor(TF.resize(image, [480, 480], TF.InterpolationMode.BICUBIC))
-    pixels = TF.normalize(image, rewards.CLIP_MEAN, rewards.CLIP_STD)[None].to(model.device)
+    image = TF.resize(image, [480, 480], TF.InterpolationMode.BICUBIC)
+    pixels = TF.normalize(TF.to_tensor(image), rewards.CLIP_MEAN, rewards.CLIP_STD)
+    pixels = pixels[None].to(model.device)
     cut = {"padding": True, "truncation": True, "max_length": 35}
     text = tokenizer(questions, return_tensors="pt", **cut).to(model.device)
     ids, mask = text.input_ids, text.attention_mask
@@ -195,8 +199,9 @@ def vqa_probabilities(model, tokenizer, image, questions):
     seen = seen.expand(len(questions), -1, -1)
     read = model.text_encoder(ids, mask, encoder_hidden_states=seen).last_hidden_state
     context = {"encoder_hidden_states": read, "encoder_attention_mask": mask}
-    answer = model.text_decoder(torch.full_like(ids[:, :1], DEC), **context)
-    return answer.logits[:, 0, [YES, NO]].softmax(-1)[:, 0]
+    start = torch.full_like(ids[:, :1], DEC)
+    logits = model.text_decoder(start, **context).logits[:, 0]
+    return logits[:, [YES, NO]].softmax(-1)[:, 0]
 
 
 JUDGES = {
@@ -248,11 +253,12 @@ def frechet_distance(x, y):
     With S = R'R, R from the QR decomposition of the centred features, the last trace is the sum of
     the singular values of R_x R_y'. No root of a matrix: exact even where n < dim."""
     x, y = x.double(), y.double()
-    means = (x.mean(0) - y.mean(0)).square().sum()
     r_x = torch.linalg.qr((x - x.mean(0)) / max(len(x) - 1, 1) ** 0.5, mode="r").R
     r_y = torch.linalg.qr((y - y.mean(0)) / max(len(y) - 1, 1) ** 0.5, mode="r").R
+    means = (x.mean(0) - y.mean(0)).square().sum()
+    traces = r_x.square().sum() + r_y.square().sum()
     root = torch.linalg.matrix_norm(r_x @ r_y.T, "nuc")
-    return (means + r_x.square().sum() + r_y.square().sum() - 2 * root).clamp(min=0).item()
+    return (means + traces - 2 * root).clamp(min=0).item()
 
 
 def fidelity(base, tuned, other):
@@ -270,21 +276,23 @@ def fidelity(base, tuned, other):
     return floor, distance, [distance - floor - spread, distance - floor + spread]
 
 
-def summarise(sides, images):
-    """Rows of base and tuned (with fidelity also of base with other seeds), `images` consecutive
-    ones a prompt -> what results.json holds. A column that only some rows have is compared over
-    these."""
-    results = {"n": len(sides[0]) // images, **{part: {} for part in PARTS}}
-    for column in dict.fromkeys(column for row in sides[0] for column in row):
-        values = []
-        for rows in sides:
-            own = [torch.as_tensor(row[column]) for row in rows if column in row]
-            values.append(own and torch.stack(own).unflatten(0, (-1, images)))
+def summarise(base, tuned, other=(), images=1):
+    """What results.json holds, from the rows of each side, `images` consecutive ones a prompt. A
+    column that only some rows have is compared over these."""
+
+    def values_of(column, rows):
+        values = [torch.as_tensor(row[column]) for row in rows if column in row]
+        return torch.stack(values).unflatten(0, (-1, images))
+
+    results = {"n": len(base) // images, **{part: {} for part in PARTS}}
+    for column in dict.fromkeys(column for row in base for column in row):
+        before, after = values_of(column, base), values_of(column, tuned)
         if column == "features":
-            column, (base, tuned, interval) = "frechet_distance", fidelity(*values)
+            column = "frechet_distance"
+            before, after, interval = fidelity(before, after, values_of("features", other))
         else:
-            base, tuned, interval = compare(values[0].nanmean(1), values[1].nanmean(1))
-        for part, value in zip(PARTS, (base, tuned, tuned - base, interval)):
+            before, after, interval = compare(before.nanmean(1), after.nanmean(1))
+        for part, value in zip(PARTS, (before, after, after - before, interval)):
             results[part][column] = value
     return results
 
@@ -295,9 +303,8 @@ def summarise(sides, images):
 
 def read_lists(options, config):
     """[(name of its list, prompt)]. Raises ValueError naming the file."""
-    paths = options.prompts or LISTS
-    if config.eval_prompts and not options.prompts:
-        paths = (Path(config.eval_prompts),)
+    heldout = (Path(config.eval_prompts),) if config.eval_prompts else LISTS
+    paths = options.prompts or heldout
     if paths == LISTS and not LISTS[0].exists():
         raise ValueError(f"{LISTS[0]}: no such file; fetch it: python prompts.py")
     asked = []
@@ -320,7 +327,9 @@ def plan_scoring(options, config, oracle):
     if "oracle" in scores and not readable:
         raise ValueError("--scores oracle: it reads prompts and images of the shapes world only")
     images, seed = (10, 42) if "vqa" in scores else (1, imaging.SEED)
-    images, seed = options.images or images, seed if options.seed is None else options.seed
+    images = options.images or images
+    if options.seed is not None:
+        seed = options.seed
     items = Items([], [], [])
     for place, (name, prompt) in enumerate(asked):
         for k in range(images):
@@ -329,7 +338,7 @@ def plan_scoring(options, config, oracle):
             items.seeds.append(seed + (place if images == 1 else k))
     protocol = {
         "scores": [name for name in JUDGES if name in scores],
-        "prompts": {name: items.lists.count(name) // images for name in items.lists},
+        "prompts": dict(Counter(name for name, _ in asked)),
         "images_per_prompt": images,
         "seeds": f"{seed} to {items.seeds[-1]}",
         "checkpoint": (options.out / "checkpoints" / options.checkpoint).resolve().name,
@@ -353,21 +362,22 @@ def set_aside(folder, protocol):
         print(f"{folder}: results of another protocol are kept as results.{number}.json and so on")
 
 
-def table(results):
-    """What is printed: a line a score, then the protocol."""
+def show(results):
+    """Prints a line for each score, then the protocol."""
     title = f"prompts, n = {results['n']}"
-    lines = [f"{title:<27}    base       tuned  difference  95 % interval"]
+    print(f"{title:<27}    base       tuned  difference  95 % interval")
     for column in results["base"]:
-        base, tuned, difference, (low, high) = (results[part][column] for part in PARTS)
-        line = f"{column:<27} {base:7.4f} -> {tuned:8.4f} {difference:+11.4f}"
-        lines.append(f"{line}  [{low:+.4f}, {high:+.4f}]")
-    lines += [f"  {key}: {value}" for key, value in results["protocol"].items()]
-    return "\n".join(lines)
+        *numbers, interval = [results[part][column] for part in PARTS]
+        line = "{:<27} {:7.4f} -> {:8.4f} {:+11.4f}  [{:+.4f}, {:+.4f}]"
+        print(line.format(column, *numbers, *interval))
+    for key, value in results["protocol"].items():
+        print(f"  {key}: {value}")
 
 
 def as_json(value, indent=None):
     """JSON text with null for NaN: JSON has none."""
-    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), indent=indent)
+    value = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps(value, indent=indent)
 
 
 def evaluate(setup, rank=0, world_size=1):
@@ -377,32 +387,30 @@ def evaluate(setup, rank=0, world_size=1):
     if folder.exists() and not os.access(folder, os.W_OK):  # known before the work, not after
         raise ValueError(f"{folder}: cannot be written; give --to another folder")
     items, protocol = plan_scoring(setup.options, setup.config, setup.oracle)
-    judges, ranks = [JUDGES[name] for name in protocol["scores"]], (rank, world_size)
-    base = judge_all(setup, judges, items, None, *ranks)
-    tuned = judge_all(setup, judges, items, diffusion.ADAPTER, *ranks)
-    sides = [base, tuned]
+    judges = [JUDGES[name] for name in protocol["scores"]]
+    sides = {}
+    for side, adapter in SIDES.items():
+        sides[side] = judge_all(setup, judges, items, adapter, rank, world_size)
     if judge_features in judges:
         others = items._replace(seeds=[seed + OTHER for seed in items.seeds])
-        sides.append(judge_all(setup, [judge_features], others, None, *ranks))
+        sides["other"] = judge_all(setup, [judge_features], others, None, rank, world_size)
     if rank > 0:
         return
     images = protocol["images_per_prompt"]
-    results = {**summarise(sides, images), "protocol": protocol}
-    print(table(results))
+    results = {**summarise(*sides.values(), images=images), "protocol": protocol}
+    show(results)
     set_aside(folder, protocol)
     lines = []
     for i, (name, prompt, seed) in enumerate(zip(*items)):
-        for model, rows in (("base", base), ("tuned", tuned)):
-            rows[i].pop("features", None)
-            row = {"list": name, "prompt": prompt, "seed": seed, "model": model, **rows[i]}
+        for model in SIDES:
+            row = {"list": name, "prompt": prompt, "seed": seed, "model": model, **sides[model][i]}
+            row.pop("features", None)
             lines.append(as_json(row) + "\n")
     utils.write(folder / "scores.jsonl", "".join(lines))
     utils.write(folder / "results.json", as_json(results, 2) + "\n")
     shown = items.part(slice(0, SHOWN * images, images))
-    base, tuned = setup.latents(shown, [None, diffusion.ADAPTER])
-    pictures = {"base": imaging.decode_all(setup.pipe, base)}
-    pictures["tuned"] = imaging.decode_all(setup.pipe, tuned)
-    imaging.grid(shown.prompts, pictures).save(folder / "before_after.png")
+    pictures = [imaging.decode_all(setup.pipe, z) for z in setup.latents(shown, SIDES.values())]
+    imaging.grid(shown.prompts, dict(zip(SIDES, pictures))).save(folder / "before_after.png")
 
 
 def main(options):

@@ -12,11 +12,13 @@ import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 
 import diffusion
 from config import PRESETS, unet_and_vae
 from utils import choose_device, first_line, load_config
 
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 # --------------------------------------------------------------------------------------------------
@@ -206,7 +208,7 @@ def open_run(out, checkpoint="latest", num_steps=0, lora="", base_only=False, de
 def find_checkpoint(out, name):
     """The folder of a whole checkpoint of a run; ValueError says what there is instead."""
     folder = out / "checkpoints" / name
-    if (folder / "pytorch_lora_weights.safetensors").is_file() and not name.startswith("."):
+    if (folder / LORA_FILE).is_file() and not name.startswith("."):
         return folder
     have = sorted(path.name for path in (out / "checkpoints").glob("step-*"))
     there = f"there are {', '.join(have)}" if have else "there is none; train first"
@@ -222,7 +224,7 @@ def save_adapter(pipe, folder, name):
 
 def load_adapter(pipe, folder, name):
     """Reads what save_adapter wrote into an adapter that is there."""
-    state, _ = pipe.lora_state_dict(folder)
+    state = load_file(folder / LORA_FILE)  # pipe.lora_state_dict would read any other file there
     state = {key.removeprefix("unet."): value for key, value in state.items()}
     set_peft_model_state_dict(pipe.unet, convert_unet_state_dict_to_peft(state), name)
 

@@ -171,6 +171,7 @@ def judge(run, z, prompts):
     are means over the batch; judge_batch images at a time share a graph."""
     c, log, images = run.config, {}, []
     gradients = {name: torch.zeros_like(z) for name in run.terms}
+    sharing = list(run.rewards)[:-1]  # the last reward frees the decoder's graph
     for start in range(0, len(z), c.judge_batch):
         part = slice(start, start + c.judge_batch)
         leaf = z[part].detach().requires_grad_()
@@ -182,7 +183,7 @@ def judge(run, z, prompts):
         share = len(leaf) / len(z)
         for name, (weight, loss_of) in run.terms.items():
             loss = loss_of(leaf, image, prompts[part])
-            (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+            (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=name in sharing)
             gradients[name][part] = share * weight * gradient
             log[f"loss_{name}"] = log.get(f"loss_{name}", 0.0) + share * loss.item()
     if c.adversarial_cap and run.discriminator:
@@ -377,7 +378,9 @@ def setup(c, pipe=None, judges=None, segmenter=None):
         run.discriminator = Discriminator(pipe, plan, null, c.rank)
     run.terms = make_terms(run)
     run.optimizer = make_optimizer(run)
-    save_time_and_memory(c, pipe)
+    if c.checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+        pipe.vae.enable_gradient_checkpointing()
     pipe.unet.set_adapter(diffusion.ADAPTER)
     utils.broadcast(run.trainables(), world_size)
     return run
@@ -409,16 +412,6 @@ def minus_reward(reward, z, images, prompts):
     return -reward(images, prompts).mean()
 
 
-def save_time_and_memory(c, pipe):
-    """Applies --checkpointing and --compile."""
-    if c.checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
-        pipe.vae.enable_gradient_checkpointing()
-    if c.compile:
-        torch._dynamo.config.recompile_limit = 64  # per block: sizes x adapters x with gradient
-        pipe.unet.compile_repeated_blocks()
-
-
 # ==================================================================================================
 # The loop
 
@@ -429,7 +422,6 @@ def train(run):
     c, first = run.config, run.rank == 0
     log, stop_signal = utils.Log(run), utils.StopSignal()
     bar = tqdm(range(run.step, c.steps), c.out.name, c.steps, initial=run.step, disable=not first)
-    base_samples = None
     for _ in bar:
         start, run.seconds = time.perf_counter(), {}
         numbers, troubles = train_step(run)
@@ -442,7 +434,7 @@ def train(run):
         handle_troubles(run, troubles, skipped="skipped" in numbers)
         run.step += 1
         if first and c.sample_every and run.step % c.sample_every == 0:
-            base_samples = draw_samples(run, log, base_samples)
+            draw_samples(run, log)
         stopping = any(utils.gather([stop_signal.seen], run.world_size)) and run.step < c.steps
         if run.step % c.checkpoint_every == 0 or run.step == c.steps or stopping:
             utils.check_agreement(run)
@@ -470,24 +462,16 @@ def handle_troubles(run, troubles, skipped):
         utils.give_up(message if run.rank == 0 else "")
 
 
-def draw_samples(run, log, base):
-    """The grid at fixed prompts and seeds, base above tuned. Returns the base's images, which never
-    change: base is what it returned before, or None."""
+def draw_samples(run, log):
+    """samples/step-NNNNNN.png: a grid at fixed prompts and seeds, base above tuned."""
     c = run.config
     listed = prompt_lists.read(c.eval_prompts) if c.eval_prompts else run.prompts
-    prompts = list(listed[: c.sample_prompts])
-
-    def draw(adapter):
-        arguments = run.pipe, run.plan, prompts, c.guidance_scale, c.resolution
-        return pictures.generate(*arguments, adapters=(adapter,))[0]
-
-    base = draw(None) if base is None else base
-    rows = {"base": base, f"step {run.step}": draw(diffusion.ADAPTER)}
-    picture = pictures.grid(prompts, rows)
+    prompts = listed[: c.sample_prompts]
+    tuned, base = pictures.generate(run.pipe, run.plan, prompts, c.guidance_scale, c.resolution)
+    picture = pictures.grid(prompts, {"base": base, f"step {run.step}": tuned})
     (c.out / "samples").mkdir(exist_ok=True)
     picture.save(c.out / f"samples/step-{run.step:06d}.png")
     log.picture(run.step, "samples", picture)
-    return base
 
 
 def begin(c):

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -45,9 +46,7 @@ def write(path, data):
 
 
 def hash_of(path):
-    """sha256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def seed_of(*names):
@@ -107,11 +106,10 @@ class Lost(Exception):
     """Another rank has gone or does not answer."""
 
 
-@contextmanager
-def together():
-    """Around whatever all ranks do together: says in one line that one of them is gone."""
+def together(collective, *arguments):
+    """Calls what all ranks do together. Raises Lost if one of them is gone."""
     try:
-        yield
+        collective(*arguments)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -149,22 +147,20 @@ def join(device, minutes=30.0):
 
 def leave(world_size):
     if world_size > 1:
-        barrier(world_size)
+        together(dist.barrier)
         dist.destroy_process_group()
 
 
 def barrier(world_size):
     if world_size > 1:
-        with together():
-            dist.barrier()
+        together(dist.barrier)
 
 
 def broadcast(tensors, world_size):
     """Gives every rank the first one's values, in one message."""
     if world_size > 1:
         flat = torch.cat([t.data.flatten() for t in tensors])
-        with together():
-            dist.broadcast(flat, 0)
+        together(dist.broadcast, flat, 0)
         copy_from_flat(tensors, flat)
 
 
@@ -172,8 +168,7 @@ def average(tensors, world_size):
     """Replaces tensors by their means over all ranks, in one all_reduce."""
     if world_size > 1:
         flat = torch.cat([t.flatten() for t in tensors])
-        with together():
-            dist.all_reduce(flat)
+        together(dist.all_reduce, flat)
         copy_from_flat(tensors, flat.div_(world_size))
 
 
@@ -188,8 +183,7 @@ def gather(rows, world_size):
     if world_size == 1:
         return rows
     parts = [None] * world_size
-    with together():
-        dist.all_gather_object(parts, rows)
+    together(dist.all_gather_object, parts, rows)
     return [row for part in parts for row in part]
 
 
@@ -222,8 +216,8 @@ class StopSignal:
 
     def __init__(self):
         self.seen = False
-        signals = signal.SIGTERM, signal.SIGINT
-        self.before = {number: signal.signal(number, self.note) for number in signals}
+        stops = signal.SIGTERM, signal.SIGINT
+        self.before = {number: signal.signal(number, self.note) for number in stops}
 
     def note(self, number, frame):
         self.seen = True
@@ -273,9 +267,7 @@ def open_output(c):
         return newest_checkpoint(c.out)
     used = c.out.exists() and (not c.out.is_dir() or any(c.out.iterdir()))
     if used and int(os.environ.get("RANK", 0)) == 0:
-        mend = (
-            "go on with --resume, or choose another" if begun else "no run is there; choose another"
-        )
+        mend = "go on with --resume, or choose another" if begun else "choose another"
         raise ValueError(f"--out {c.out}: not empty; {mend}")
     return None
 
@@ -307,9 +299,7 @@ class Log:
 
         path = run.config.out / "log.jsonl"
         rows = path.read_text().splitlines() if path.exists() else []
-        kept = [
-            row for row in rows if step_of(row) < run.step
-        ]  # a resumed run writes the rest anew
+        kept = [row for row in rows if step_of(row) < run.step]  # a resumed run does the rest again
         write(path, "".join(f"{row}\n" for row in kept))
         self.file = open(path, "a")
         self.board = SummaryWriter(run.config.out, purge_step=run.step)
@@ -330,10 +320,7 @@ class Log:
             raise OSError(f"{self.file.name}: cannot be written ({error.strerror})") from error
 
     def picture(self, step, name, image):
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        self.board.add_image(
-            name, pixels.view(image.height, image.width, 3), step, dataformats="HWC"
-        )
+        self.board.add_image(name, np.asarray(image), step, dataformats="HWC")
 
 
 def step_of(row):
@@ -414,8 +401,7 @@ def load_checkpoint(run, folder):
     """Puts a run where it was when the checkpoint was written. Raises ValueError if that cannot be
     done exactly."""
     try:
-        device = run.pipe.unet.device
-        state = torch.load(folder / "state.pt", weights_only=True, map_location=device)
+        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
         check_same_prompts(run, state)
         run.load_adapters(folder)
         run.optimizer.load_state_dict(state["optimizer"])

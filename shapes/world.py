@@ -128,7 +128,7 @@ def coverage(thing, size=SIZE):
 
 def render(things):
     """(3, SIZE, SIZE) image of things on the grey background."""
-    image = torch.tensor(GREY)[:, None, None].expand(3, SIZE, SIZE)
+    image = torch.tensor(GREY)[:, None, None].repeat(1, SIZE, SIZE)
     for thing in things:
         image = torch.lerp(image, torch.tensor(thing.rgb)[:, None, None], coverage(thing))
     return image

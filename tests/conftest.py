@@ -17,7 +17,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests/test_gpu.py asks for the GPU itself
+if not any("test_gpu" in argument for argument in sys.argv):  # it alone sees the GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 torch.set_num_threads(1)
 
 import config as configuration
@@ -239,3 +240,44 @@ def tiny_sd15(folder):
         feature_extractor=None,
     )
     pipe.save_pretrained(folder)
+
+
+@pytest.fixture
+def small_sizes(monkeypatch):
+    """Every architecture of tools/bench.py narrow and shallow; the classes and the code stay."""
+    from transformers import GroundingDinoImageProcessor
+
+    from tools import bench
+
+    heads = {"num_attention_heads": 2, "num_hidden_layers": 1}
+    thin = heads | {"hidden_size": 32, "intermediate_size": 32}
+    sdxl = {"block_out_channels": [32, 32, 32], "attention_head_dim": [1, 2, 2]}
+    sdxl |= {"transformer_layers_per_block": 1, "cross_attention_dim": 64}
+    sdxl |= {"projection_class_embeddings_input_dim": 32 + 6 * 256}
+    sd15 = {"block_out_channels": [32] * 4, "attention_head_dim": 2, "cross_attention_dim": 32}
+    swin = {"model_type": "swin", "embed_dim": 12, "depths": [1, 1, 1, 1]}
+    swin |= {"num_heads": [1, 2, 2, 4], "out_indices": [2, 3, 4]}
+    layers = {"encoder_layers": 1, "decoder_layers": 2, "num_queries": 20}
+    side, width = {"image_size": 64}, {"hidden_size": 32}
+    vision = heads | side | width | {"output_channels": 32, "global_attn_indexes": [0]}
+    small = {
+        "unet": dict(zip(bench.SIZES["unet"], (sdxl, sd15))),
+        "vae": {"block_out_channels": [32] * 4, "layers_per_block": 1},
+        "clip-l": thin,
+        "clip-g": thin | {"projection_dim": 32},
+        "blip": {"vision_config": thin | {"image_size": 32}, "text_config": thin},
+        "dino": layers | {"backbone_config": swin, "text_config": thin | {"model_type": "bert"}},
+        "sam": {
+            "vision_config": vision | {"num_pos_feats": 16},
+            "prompt_encoder_config": side | width,
+            "mask_decoder_config": heads | width,
+        },
+    }
+    for name, model in bench.SIZES["unet"].items():
+        small["unet"][name] = model | small["unet"][name]
+    for name in ("vae", "clip-l", "clip-g"):
+        small[name] = bench.SIZES[name] | small[name]
+    for name, sizes in small.items():
+        monkeypatch.setitem(bench.SIZES, name, sizes)
+    edges = {"shortest_edge": 96, "longest_edge": 160}  # of the image that GroundingDINO sees
+    monkeypatch.setattr(GroundingDinoImageProcessor, "size", edges)

@@ -1,5 +1,4 @@
-"""The scores: BLIP-VQA by hand, the Frechet distance, the protocol, the files, two ranks against one."""
-and two ranks against one."""
+"""Scores: BLIP-VQA by hand, the Frechet distance, the protocol, the files, two ranks as one."""
 
 import copy
 import json
@@ -203,8 +202,8 @@ def rows(*values, column="x"):
     return [{column: value} for value in values]
 
 
-def test_base_and_tuned_are_compared_by_hand():
-    results = evaluate.summarise([rows(0.0, 0.0, 1.0, 0.0), rows(1.0, 0.0, 1.0, 1.0)], 1)
+def test_base_and_tuned_are_compared_by_hand(capsys):
+    results = evaluate.summarise(rows(0.0, 0.0, 1.0, 0.0), rows(1.0, 0.0, 1.0, 1.0))
     assert results == {
         "n": 4,
         "base": {"x": 0.25},
@@ -212,18 +211,19 @@ def test_base_and_tuned_are_compared_by_hand():
         "difference": {"x": 0.5},
         "interval": {"x": [0.0, 1.0]},
     }
-    table = evaluate.table({**results, "protocol": {"steps": 16}})
-    assert "n = 4" in table and "0.2500 ->   0.7500     +0.5000  [+0.0000, +1.0000]" in table
-    assert "steps: 16" in table
+    evaluate.show({**results, "protocol": {"steps": 16}})
+    printed = capsys.readouterr().out
+    assert "n = 4" in printed and "0.2500 ->   0.7500     +0.5000  [+0.0000, +1.0000]" in printed
+    assert "steps: 16" in printed
 
 
 def test_nan_is_left_out_and_is_null_in_the_file():
     nan = math.nan
-    results = evaluate.summarise([rows(nan, 0.0, 1.0, 1.0), rows(1.0, 0.5, nan, 1.0)], 1)
+    results = evaluate.summarise(rows(nan, 0.0, 1.0, 1.0), rows(1.0, 0.5, nan, 1.0))
     assert results["base"]["x"] == pytest.approx(2 / 3)
     assert results["tuned"]["x"] == pytest.approx(2.5 / 3)
     assert all(map(math.isfinite, results["interval"]["x"]))
-    results = evaluate.summarise([rows(nan, nan), rows(nan, 1.0)], 1)
+    results = evaluate.summarise(rows(nan, nan), rows(nan, 1.0))
     text = json.loads(evaluate.as_json(results), parse_constant=pytest.fail)
     assert text["base"]["x"] is None and text["tuned"]["x"] == 1
     assert text["interval"]["x"] == [None, None]
@@ -231,19 +231,19 @@ def test_nan_is_left_out_and_is_null_in_the_file():
 
 def test_images_of_a_prompt_are_averaged_before_prompts_are_resampled():
     values = torch.randn(30, generator=torch.Generator().manual_seed(0)).tolist()
-    once = evaluate.summarise([rows(*[0.0] * 30), rows(*values)], 1)
+    once = evaluate.summarise(rows(*[0.0] * 30), rows(*values))
     copies = [value for value in values for _ in range(10)]
-    ten = evaluate.summarise([rows(*[0.0] * 300), rows(*copies)], 10)
+    ten = evaluate.summarise(rows(*[0.0] * 300), rows(*copies), images=10)
     assert ten["n"] == 30  # ten copies of an image say no more than one
     assert ten["interval"]["x"] == pytest.approx(once["interval"]["x"], abs=1e-6)
-    nan = evaluate.summarise([rows(0.0, 1.0, 4.0, math.nan)] * 2, 2)
+    nan = evaluate.summarise(*[rows(0.0, 1.0, 4.0, math.nan)] * 2, images=2)
     assert nan["base"]["x"] == 2.25  # (0.5 + 4) / 2
 
 
 def test_a_score_of_one_list_is_compared_over_that_list():
     base = [*rows(0.0, 0.0, column="color"), *rows(0.5, column="shape")]
     tuned = [*rows(0.0, 1.0, column="color"), *rows(0.5, column="shape")]
-    results = evaluate.summarise([base, tuned], 1)
+    results = evaluate.summarise(base, tuned)
     assert results["n"] == 3 and results["tuned"] == {"color": 0.5, "shape": 0.5}
     assert results["interval"] == {"color": [0.0, 1.0], "shape": [0.0, 0.0]}
 

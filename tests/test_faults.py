@@ -1,280 +1,238 @@
-"""What goes wrong on the way, each fault of docs/faults.md: kills, full disks, bad numbers, lost or disagreeing processes."""
+"""What goes wrong on the way, each fault of docs/faults.md: kills, full disks, bad numbers, ranks
+that are lost or disagree."""
 
 import json
 import os
 import pickle
 import random
+import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALL_LOSSES, ROOT, command, randomise, same, small_config, watched_step
+from conftest import ALL_LOSSES, ROOT, command, forked, randomise, same, small_config
 from safetensors.torch import load_file
 
 import config as configuration
 import diffusion
+import discriminator
 import losses
-import output
-import parallel
+import rewards
 import train
+import utils
+from prompts import batch_of
 
-OPTIONS = dict(
-    ALL_LOSSES, beta1=0.5, steps=3, checkpoint_every=1, eval_prompts="", num_steps=2, grad_steps=1
-)
-
-
-slow = pytest.mark.skipif(
-    "KILLS" not in os.environ, reason="slow: KILLS=30 python -m pytest tests/test_faults.py"
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the programs that `command` starts: sums depend on the number of threads in their last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def write_script(folder, body, **changes):
-    """A program that runs `body` with `c`, a small configuration, and the modules at hand."""
-    script = folder / f"script{len(list(folder.glob('script*')))}.py"
-    script.write_text(f"""
-import os, resource, signal, sys, time
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-from pathlib import Path, PosixPath
-from conftest import randomise, small_config, watched_step
-import torch
-import config, diffusion, losses, output, parallel, train
-folder = Path({str(folder)!r})
-c = small_config(folder, **{changes!r})
-{body}
-""")
-    return script
+OPTIONS = {
+    **ALL_LOSSES,
+    "beta1": 0.5,
+    "warmup": 1,
+    "lr_end": 0.5,
+    "steps": 3,
+    "num_steps": 2,
+    "grad_steps": 1,
+    "checkpoint_every": 1,
+    "eval_prompts": "",
+}
 
 
 def state_of(out):
-    """Everything that a run has learned and written down, but for seconds and memory."""
-    newest = output.newest(out)
+    """All that a run has learned and logged, but for seconds and memory."""
+    newest = utils.newest_checkpoint(out)
     rows = [json.loads(line) for line in open(out / "log.jsonl")]
-    logs = [
-        {k: v for k, v in row.items() if "seconds" not in k and "memory" not in k} for row in rows
-    ]
-    return (
-        newest.name,
-        *(
-            load_file(newest / f"{n}.safetensors")
-            for n in ("pytorch_lora_weights", "discriminator")
-        ),
-        torch.load(newest / "state.pt", weights_only=True),
-        logs,
-    )
+    for row in rows:
+        for name in [name for name in row if "seconds" in name or "memory" in name]:
+            del row[name]
+    state = torch.load(newest / "state.pt", weights_only=True)
+    weights = [load_file(path) for path in sorted(newest.glob("*.safetensors"))]
+    assert len(weights) == 2
+    return newest.name, state, weights, rows
+
+
+def finished(c, straight):
+    """Whether a run resumed with `c` ends exactly as the run that nothing interrupted."""
+    train.main(replace(c, resume=True))
+    return same(state_of(c.out), state_of(straight))
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """What a run of three steps leaves that nothing interrupts."""
+    """The folder of a run of three steps that nothing interrupts."""
     folder = tmp_path_factory.mktemp("straight")
     train.main(small_config(folder, **OPTIONS))
-    found = state_of(folder / "run")
-    assert found[0] == "step-000003" and [row["step"] for row in found[-1]] == [0, 1, 2]
-    assert any(w.abs().max() > 0 for k, w in found[1].items() if "lora.up" in k or "lora_B" in k)
-    return found
+    name, state, (head, lora), rows = state_of(folder / "run")
+    assert name == "step-000003" and state["step"] == 3 and state["optimizer"]["state"]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert any(w.abs().max() > 0 for key, w in lora.items() if "lora.up" in key or "lora_B" in key)
+    return folder / "run"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def copied(tmp_path, straight):
+    """The configuration that resumes a copy of that run."""
+    shutil.copytree(straight, tmp_path / "run", symlinks=True)
+    return small_config(tmp_path, **OPTIONS, resume=True)
+
+
+# --------------------------------------------------------------------------------------------------
 # Kills
 
-KILL = "os.kill(os.getpid(), signal.SIGKILL)"
-KILLED = {  # where kill -9 strikes while the second step is being saved
-    "before the save": f"""
-plain = output.save_checkpoint
-output.save_checkpoint = lambda run: {KILL} if run.step == 2 else plain(run)
-""",
-    "inside the save": f"""
-plain = output.save_file
-output.save_file = lambda *a: {KILL} if "step-000002" in str(a[1]) else plain(*a)
-""",
-    "between the save and its link": f"""
-plain = Path.symlink_to
-PosixPath.symlink_to = lambda self, name: {KILL} if name == "step-000002" else plain(self, name)
-""",
-    "while an old checkpoint is deleted": f"""
-output.shutil.rmtree = lambda path, **_: (Path(path) / "state.pt").unlink() or {KILL} if "discarded" in str(path) else None
-c.keep = 1
-""",
-    "while reference latents are written": f"""
-plain, count = config.write, []
-def write(path, data):
-    count.append(path.suffix == ".safetensors")
-    plain(path, data)
-    if sum(count) == 3: {KILL}
-config.write = write
-""",
+
+def strike(number):
+    os.kill(os.getpid(), number)
+
+
+def is_third_reference(source, target):
+    return len(list(target.parent.glob("*.safetensors"))) == 2
+
+
+def is_half_deleted(path, **options):
+    if "discarded" in path.name:
+        (path / "state.pt").unlink()
+        return True
+
+
+SECOND = "step-000002"
+KILLED = {  # the call in whose place kill -9 strikes
+    "before the save": (utils, "save_checkpoint", lambda run: run.step == 2),
+    "inside the save": (discriminator, "save_file", lambda _, path: SECOND in str(path)),
+    "between the save and its link": (Path, "symlink_to", lambda _, target: target == SECOND),
+    "while an old checkpoint is deleted": (shutil, "rmtree", is_half_deleted),
+    "while a reference is written": (Path, "replace", is_third_reference),
 }
 
 
-@pytest.mark.parametrize(
-    "where", [*list(KILLED)[:3], *(pytest.param(where, marks=slow) for where in list(KILLED)[3:])]
-)
+@pytest.mark.parametrize("where", KILLED)
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, straight, where):
-    done = command(write_script(tmp_path, KILLED[where] + "\ntrain.main(c)", **OPTIONS))
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    """A queue may always run the same command: --resume also starts."""
     keep = 1 if "old" in where else 3
-    train.main(small_config(tmp_path, **OPTIONS, keep=keep, resume=True))
-    assert same(state_of(tmp_path / "run"), straight)
-    names = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
-    assert names == ["latest", *[f"step-00000{i}" for i in (1, 2, 3)][-keep:]]
+    c = small_config(tmp_path, **OPTIONS, keep=keep, resume=True)
+
+    def body():
+        owner, name, is_time = KILLED[where]
+        plain = getattr(owner, name)
+
+        def call(*args, **options):
+            if is_time(*args, **options):
+                strike(signal.SIGKILL)
+            return plain(*args, **options)
+
+        setattr(owner, name, call)
+        train.main(c)
+
+    (ended,) = forked(body)
+    assert ended.code == -signal.SIGKILL, ended.output
+    assert finished(c, straight)
+    names = sorted(path.name for path in (c.out / "checkpoints").iterdir())
+    assert names == ["latest", *["step-000001", "step-000002", "step-000003"][-keep:]]
 
 
-@slow
+@pytest.mark.slow
 def test_random_kills_leave_no_trace(tmp_path):
-    kills, rng = int(os.environ["KILLS"]), random.Random(int(os.environ.get("KILLS_SEED", 0)))
-    flags = [
-        "shapes",
-        "--steps",
-        max(6, kills // 2),
-        "--batch",
-        2,
-        "--num-steps",
-        3,
-        "--grad-steps",
-        2,
-        "--rank",
-        4,
-        "--eval-prompts",
-        "",
-        "--checkpoint-every",
-        1,
-        "--keep",
-        2,
-        "--sample-every",
-        0,
-        "--references",
-        tmp_path / "references",
-    ]
-    done = command("train.py", *flags, "--out", tmp_path / "straight")
-    assert done.returncode == 0, done.stderr[-2000:]
-    log = tmp_path / "broken/log.jsonl"
-    line = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        *map(str, flags),
-        "--out",
-        str(tmp_path / "broken"),
-        "--resume",
-    ]
-    for _ in range(kills):
-        before = log.read_text().count("\n") if log.exists() else 0
-        process = subprocess.Popen(
-            line,
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        late = rng.random() < 0.7  # most kills strike while it trains, the others while it starts
-        while (
-            process.poll() is None
-            and late
-            and (not log.exists() or log.read_text().count("\n") <= before)
-        ):
-            time.sleep(0.05)
-            before = min(before, log.read_text().count("\n") if log.exists() else 0)
-        time.sleep(rng.uniform(0, 1.5))
-        process.kill()
-        process.wait()
-    done = command("train.py", *flags, "--out", tmp_path / "broken", "--resume")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert same(state_of(tmp_path / "broken"), state_of(tmp_path / "straight"))
+    kills, rng = int(os.environ.get("KILLS", 12)), random.Random(int(os.environ.get("SEED", 0)))
+    changes = OPTIONS | {"steps": kills, "keep": 2, "resume": True}
+    straight = small_config(tmp_path / "straight", **changes)
+    start = time.monotonic()
+    run = train.begin(straight)
+    begun = time.monotonic()
+    train.train(run)
+    step_seconds = (time.monotonic() - begun) / kills
+    limit = begun - start + 2 * step_seconds
+    c = small_config(tmp_path / "broken", **changes)
+    ends = [forked(lambda: train.main(c), timeout=rng.uniform(0, limit)) for _ in range(kills)]
+    assert sum(ended.code == -signal.SIGKILL for (ended,) in ends) > kills / 2, ends
+    assert finished(c, straight.out)
+
+
+def before_step(number, action):
+    """Lets train_step call action(run) first at one step."""
+    plain = train.train_step
+
+    def step(run):
+        if run.step == number:
+            action(run)
+        return plain(run)
+
+    train.train_step = step
 
 
 def test_sigterm_ends_the_step_saves_and_exits_with_zero(tmp_path, straight):
-    body = """
-plain = train.train_step
-def step(run):
-    if run.step == 1: os.kill(os.getpid(), signal.SIGTERM)
-    return plain(run)
-train.train_step = step
-train.main(c)
-"""
-    done = command(write_script(tmp_path, body, **{**OPTIONS, "checkpoint_every": 100}))
-    assert done.returncode == 0 and "stopped after step 2 of 3; --resume goes on" in done.stderr, (
-        done.stderr[-2000:]
-    )
-    assert output.newest(tmp_path / "run").name == "step-000002"
-    train.main(small_config(tmp_path, **OPTIONS, resume=True))
-    assert same(state_of(tmp_path / "run"), straight)
+    c = small_config(tmp_path, **{**OPTIONS, "checkpoint_every": 100})
+
+    def body():
+        before_step(1, lambda run: strike(signal.SIGTERM))
+        train.main(c)
+
+    (ended,) = forked(body)
+    assert ended.code == 0 and "stopped after step 2; --resume goes on" in ended.output
+    assert utils.newest_checkpoint(c.out).name == "step-000002"
+    assert finished(c, straight)
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
-    body = """
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start without
-def step(run):
-    os.kill(os.getpid(), signal.SIGINT)
-    while signal.getsignal(signal.SIGINT) != signal.default_int_handler:  # two at the same time would count as one
-        time.sleep(0.01)
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(60)
-train.train_step = step
-train.main(c)
-"""
-    done = command(write_script(tmp_path, body, **OPTIONS))
-    assert done.returncode != 0 and output.newest(tmp_path / "run") is None
-    assert "Traceback" not in done.stderr, done.stderr[-2000:]
+    c = small_config(tmp_path, **OPTIONS)
+
+    def interrupt_twice(run):
+        strike(signal.SIGINT)
+        while signal.getsignal(signal.SIGINT) != signal.default_int_handler:
+            time.sleep(0.01)  # two at the same time would count as one
+        strike(signal.SIGINT)
+        time.sleep(60)
+
+    def body():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs have none
+        before_step(0, interrupt_twice)
+        train.main(c)
+
+    (ended,) = forked(body, timeout=50)
+    assert ended.code == 1 and utils.newest_checkpoint(c.out) is None
+    assert ended.output.endswith("train.py: stopped at once; the newest checkpoint is whole\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Disks and files
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path, straight):
-    """After the first checkpoint no file may grow beyond 20 kB: to a program this looks like a full disk."""
-    body = """
-plain = output.save_checkpoint
-def save(run):
-    if run.step == 2: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    plain(run)
-output.save_checkpoint = save
-train.main(c)
-"""
-    done = command(write_script(tmp_path, body, **OPTIONS))
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
-    said = done.stderr.strip().splitlines()[-1]
-    assert "step-000002 cannot be written" in said and "step-000001 is intact" in said
-    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == [
-        "latest",
-        "step-000001",
-    ]
-    train.main(small_config(tmp_path, **OPTIONS, resume=True))
-    assert same(state_of(tmp_path / "run"), straight)
+    """From the second step on no file may grow beyond 20 kB, which looks like a full disk."""
+    c = small_config(tmp_path, **OPTIONS)
+
+    def body():
+        limit = (20_000, 20_000)
+        before_step(1, lambda run: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+        train.main(c)
+
+    (ended,) = forked(body)
+    assert ended.code == 1 and "Traceback" not in ended.output
+    line = ended.output.splitlines()[-1]
+    assert "step-000002 cannot be written" in line and "make room, then go on with --re" in line
+    names = sorted(path.name for path in (c.out / "checkpoints").iterdir())
+    assert names == ["latest", "step-000001"]
+    assert finished(c, straight)
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch):
-    class Log(output.Log):
+    class Log(utils.Log):
         def __init__(self, run):
             super().__init__(run)
             self.file = open("/dev/full", "w")
 
-    monkeypatch.setattr(output, "Log", Log)
-    with pytest.raises(
-        SystemExit,
-        match=r"^train.py: /dev/full: cannot be written \(No space left on device\); make room",
-    ):
+    monkeypatch.setattr(utils, "Log", Log)
+    reason = r"^train.py: /dev/full: cannot be written \(No space left on device\)$"
+    with pytest.raises(SystemExit, match=reason):
         train.main(small_config(tmp_path, **OPTIONS))
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    configuration.save(small_config(tmp_path, **OPTIONS), tmp_path / "run/config.json")
-    (tmp_path / "run/checkpoints").write_text("in the way")
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    c = small_config(tmp_path, **OPTIONS, resume=True)
+    utils.save_config(c, c.out / "config.json")
+    (c.out / "checkpoints").write_text("in the way")
     with pytest.raises(SystemExit, match="^train.py: .*step-000001 cannot be written .*make room"):
-        train.main(small_config(tmp_path, **OPTIONS, resume=True))
+        train.main(c)
 
 
 class Payload:
@@ -285,209 +243,150 @@ class Payload:
         return os.system, (f"touch {self.marker}",)
 
 
-def test_a_checkpoint_from_a_stranger_runs_no_code(tmp_path, straight):
-    c = small_config(tmp_path, **OPTIONS)
-    train.main(replace(c, steps=1))
-    state = output.newest(c.out) / "state.pt"
-    torch.save({"step": Payload(tmp_path / "ran")}, state)
-    with open(state, "rb") as file:
-        assert b"system" in file.read()
-    with pytest.raises(SystemExit, match="step-000001: not a whole checkpoint of this model"):
-        train.main(replace(c, resume=True))
-    state.write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
-    with pytest.raises(SystemExit, match="step-000001: not a whole checkpoint of this model"):
-        train.main(replace(c, resume=True))
-    assert not (tmp_path / "ran").exists()
+def test_damaged_and_malicious_checkpoints_are_named(copied, straight, tmp_path):
+    """Cut short, gone, or a pickle that would run code: refused, and the one before is taken."""
+    newest = utils.newest_checkpoint(copied.out)
+    names = ["discriminator.safetensors", "pytorch_lora_weights.safetensors", "state.pt"]
+    assert sorted(path.name for path in newest.iterdir()) == names
+    marker = tmp_path / "code has run"
+    torch.save({"step": Payload(marker)}, tmp_path / "payload.pt")
+    payloads = [(tmp_path / "payload.pt").read_bytes(), pickle.dumps(Payload(marker), 2)]
+    assert all(b"system" in payload for payload in payloads)
+    run = train.setup(copied)
+    for name in names:
+        path = newest / name
+        whole = path.read_bytes()
+        for data in [None, whole[: len(whole) // 2], b"", *payloads]:
+            path.unlink() if data is None else path.write_bytes(data)
+            with pytest.raises(ValueError, match=f"^{newest}: not a whole checkpoint of this mode"):
+                utils.load_checkpoint(run, newest)
+        path.write_bytes(whole)
+    utils.load_checkpoint(run, newest)
+    assert run.step == 3 and not marker.exists()
+    (newest / "state.pt").unlink()
+    mend = "^train.py: .*step-000003: not a whole .*; delete it, and --resume takes the one before$"
+    with pytest.raises(SystemExit, match=mend):
+        train.main(copied)
+    shutil.rmtree(newest)
+    assert finished(copied, straight)
 
 
-@pytest.mark.parametrize(
-    "name", ["state.pt", "pytorch_lora_weights.safetensors", "discriminator.safetensors"]
-)
-@pytest.mark.parametrize("harm", ["cut", "gone"])
-def test_a_damaged_checkpoint_is_named(tmp_path, name, harm):
-    c = small_config(tmp_path, **OPTIONS)
-    train.main(replace(c, steps=1))
-    path = output.newest(c.out) / name
-    data = path.read_bytes()
-    path.unlink()
-    if harm == "cut":
-        path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(
-        SystemExit,
-        match="step-000001: not a whole checkpoint .*delete it, and --resume takes the one before",
-    ):
-        train.main(replace(c, resume=True))
+def test_what_would_not_be_the_same_run_is_not_resumed(copied, tmp_path):
+    with pytest.raises(SystemExit, match=r"^train.py: .*--lr \(0.003 then, 0.5 now\)$"):
+        train.main(replace(copied, lr=0.5))
+    with pytest.raises(SystemExit, match="^train.py: --steps 1: .*run is at step 3 already$"):
+        train.main(replace(copied, steps=1))
+    newest, run = utils.newest_checkpoint(copied.out), train.setup(copied)
+    run.config = replace(copied, batch=3)
+    with pytest.raises(ValueError, match="made with 2 prompts a step, .* now these are 3 x 1 x 1$"):
+        utils.load_checkpoint(run, newest)
+    (tmp_path / "my prompts.txt").write_text("a red ring\na blue cross\n")
+    run.config = replace(copied, prompts=tmp_path / "my prompts.txt")
+    with pytest.raises(ValueError, match="the content of .*my prompts.txt has changed since"):
+        utils.load_checkpoint(run, newest)
 
 
-def test_where_a_damaged_checkpoint_is_deleted_the_one_before_is_taken(tmp_path, straight):
-    c = small_config(tmp_path, **OPTIONS)
-    train.main(replace(c, steps=2))
-    (output.newest(c.out) / "state.pt").write_bytes(b"")
-    with pytest.raises(SystemExit, match="step-000002: not a whole checkpoint"):
-        train.main(replace(c, resume=True))
-    shutil.rmtree(output.newest(c.out))
-    train.main(replace(c, resume=True))
-    assert same(state_of(c.out), straight)
-
-
-def test_what_would_not_be_the_same_run_is_not_resumed(tmp_path):
-    listed = tmp_path / "my prompts.txt"
-    listed.write_text("a red ring\na blue cross\na white circle\n")
-    c = small_config(tmp_path, **{**OPTIONS, "steps": 1, "prompts": listed})
-    train.main(c)
-    again = replace(c, resume=True, steps=2)
-    with pytest.raises(SystemExit, match="made with 2 prompts a step, .* now these are 3 x 1 x 1"):
-        train.main(replace(again, batch=3))
-    with pytest.raises(SystemExit, match="--lr .*then.*now"):
-        train.main(replace(again, lr=0.5))
-    listed.write_text("a red ring\na blue cross\na black circle\n")
-    with pytest.raises(
-        SystemExit, match="the content of .*my prompts.txt is not what it was at step-000001"
-    ):
-        train.main(again)
-    assert output.newest(c.out).name == "step-000001"
-
-
-def test_resuming_where_nothing_is_starts(tmp_path, capsys):
-    c = small_config(tmp_path, **{**OPTIONS, "steps": 2}, resume=True)
-    train.main(c)
-    assert output.newest(c.out).name == "step-000002"
-    with pytest.raises(SystemExit, match="--steps 1: .*run is at step 2 already"):
-        train.main(replace(c, steps=1))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad numbers
+
+FINITE_AND_NAN = torch.tensor([1.0, float("nan")])
 
 
 @pytest.fixture
 def run(tmp_path):
     run = train.setup(small_config(tmp_path, **OPTIONS))
-    randomise(run.parameters, 5)
-    randomise(run.discriminator_parameters, 6)
+    randomise(run.trainables(), 5)
     return run
 
 
 def weights(run):
-    return [p.detach().clone() for p in run.parameters + run.discriminator_parameters]
+    return [p.detach().clone() for p in run.trainables()]
 
 
-def spoil_loss(run, monkeypatch):
-    plain = losses.caption_loss
+def times(factor):
+    """A spoiler: the function's result, or the first of several, times a factor for each prompt."""
 
-    def loss(captioner, tokenizer, images, prompts, *rest):
-        return plain(captioner, tokenizer, images, prompts, *rest) * torch.tensor(
-            [1.0, float("nan")]
-        )
+    def spoil(plain):
+        def spoilt(*args, **options):
+            result = plain(*args, **options)
+            shape = [-1] + [1] * (result.dim() - 1)
+            return result * factor.view(shape) if result.dim() else result * factor[-1]
 
-    monkeypatch.setattr(losses, "caption_loss", loss)
+        return spoilt
+
+    return spoil
 
 
-def spoil_latents(run, monkeypatch):
-    plain = diffusion.sample
-
-    def sampled(*args, **more):
-        z, states = plain(*args, **more)
+def spoil_latents(plain):
+    def sample(*args, **options):
+        z, states = plain(*args, **options)
         z[1, 0, 0, 0] = float("inf")
         return z, states
 
-    monkeypatch.setattr(diffusion, "sample", sampled)
+    return sample
 
 
-def spoil_images(run, monkeypatch):
-    plain, factor = diffusion.decode, torch.tensor([1.0, float("nan")]).view(2, 1, 1, 1)
-    monkeypatch.setattr(diffusion, "decode", lambda pipe, z: plain(pipe, z) * factor)
+NAN = times(FINITE_AND_NAN)
+ALL = "the gradient of its batch is not finite"
+SPOILT = {  # owner and name of a function, what makes a bad number of its result, what is said
+    "loss": (rewards.Blip, "__call__", NAN, "a loss or its gradient is not finite"),
+    "latents": (diffusion, "sample", spoil_latents, "the sampled latents are not finite"),
+    "image": (diffusion, "decode", NAN, "the VAE's image is not finite"),
+    "attention": (losses.ATTENTION_LOSSES["paper"], "token", NAN, ALL),
+    "discriminator": (losses, "discriminator_loss", NAN, ALL),
+}
 
 
-def spoil_replay(run, monkeypatch):
-    plain = diffusion.replay
-
-    def replayed(*args):
-        plain(*args)
-        run.parameters[3].grad[0] = float("inf")
-
-    monkeypatch.setattr(diffusion, "replay", replayed)
-
-
-def spoil_attention(run, monkeypatch):
-    plain = losses.token_loss
-    monkeypatch.setattr(losses, "token_loss", lambda *args: plain(*args) * float("nan"))
-
-
-def spoil_discriminator(run, monkeypatch):
-    plain = losses.discriminator_loss
-    monkeypatch.setattr(losses, "discriminator_loss", lambda *args: plain(*args) * float("nan"))
-
-
-BATCH = "the gradient of its batch is not finite"
-
-
-@pytest.mark.parametrize(
-    ("spoil", "why"),
-    [
-        (spoil_loss, "a loss or its gradient is not finite"),
-        (spoil_latents, "the sampled latents are not finite"),
-        (spoil_images, "the VAE's image is not finite"),
-        (spoil_replay, BATCH),
-        (spoil_attention, BATCH),
-        (spoil_discriminator, BATCH),
-    ],
-)
-def test_a_step_that_is_not_finite_changes_nothing_and_is_named(
-    run, monkeypatch, capsys, spoil, why
-):
-    before, moments = (
-        weights(run),
-        [dict(o.state) for o in (run.optimizer, run.discriminator_optimizer)],
-    )
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_step_that_is_not_finite_changes_nothing_and_is_named(run, monkeypatch, capsys, what):
+    owner, name, spoil, reason = SPOILT[what]
+    before = weights(run)
     with monkeypatch.context() as patch:
-        spoil(run, patch)
-        log = train.train_step(run)
-    assert same(weights(run), before) and moments == [
-        dict(o.state) for o in (run.optimizer, run.discriminator_optimizer)
-    ]
-    assert log["skipped"] == 1 and run.skipped == 1
-    named = train.prompt_lists.batch_of(run.prompts, 0, 2, 0)[0 if why == BATCH else 1 :]
-    assert [prompt for prompt, *_ in log["trouble"]] == named
-    assert all(said.startswith(why) and fatal for _, said, fatal in log["trouble"])
-    train.check_trouble(run, log)
-    assert all(prompt in said for said in [capsys.readouterr().err] for prompt in named)
+        if isinstance(owner, dict):
+            patch.setitem(owner, name, spoil(owner[name]))
+        else:
+            patch.setattr(owner, name, spoil(getattr(owner, name)))
+        log, troubles = train.train_step(run)
+    assert same(weights(run), before) and not run.optimizer.state and log["skipped"] == 1
+    named = batch_of(run.prompts, 0, 2, 0)[0 if reason == ALL else 1 :]
+    assert [trouble.prompt for trouble in troubles] == named
+    assert all(trouble.reason.startswith(reason) and trouble.fatal for trouble in troubles)
+    train.handle_troubles(run, troubles, skipped=True)
+    said = capsys.readouterr().err
+    assert run.skipped == 1 and all(f"{prompt!r}: {reason}" in said for prompt in named)
     run.step += 1
-    log = train.train_step(run)
+    log, troubles = train.train_step(run)
+    train.handle_troubles(run, troubles, skipped="skipped" in log)
     assert "skipped" not in log and run.skipped == 0 and not same(weights(run), before)
 
 
 def test_too_many_skipped_steps_end_the_run_and_keep_the_checkpoint(tmp_path, monkeypatch):
-    c = small_config(tmp_path, **{**OPTIONS, "steps": 9, "max_skips": 3, "caption_weight": 1.0})
-    plain = losses.caption_loss
-    calls = []
+    c = small_config(tmp_path, steps=9, checkpoint_every=1, max_skips=3, num_steps=2, grad_steps=1)
+    plain, calls = rewards.Blip.__call__, []
 
-    def loss(*args, **more):
+    def reward(*args):
         calls.append(1)
-        return plain(*args, **more) * (1.0 if len(calls) in (1, 4) else float("nan"))
+        return plain(*args) * (1.0 if len(calls) in (1, 4) else float("nan"))
 
-    monkeypatch.setattr(losses, "caption_loss", loss)
-    with pytest.raises(
-        SystemExit, match="3 steps in a row had a loss or gradient that is not finite .*lower --lr"
-    ):
+    monkeypatch.setattr(rewards.Blip, "__call__", reward)
+    reason = "3 steps in a row had a loss or gradient that is not finite .*lower --lr"
+    with pytest.raises(SystemExit, match=reason):
         train.main(c)
     rows = [json.loads(line, parse_constant=pytest.fail) for line in open(c.out / "log.jsonl")]
-    assert [row.get("skipped", 0) for row in rows] == [0, 1, 1, 0, 1, 1, 1] and rows[1][
-        "loss_caption"
-    ] == "nan"
-    assert output.newest(c.out).name == "step-000006"
+    assert [row.get("skipped", 0) for row in rows] == [0, 1, 1, 0, 1, 1, 1]
+    assert rows[1]["loss_blip"] == "nan" and "troubles" not in rows[0]
+    prompts = batch_of(train.prompt_lists.read(c.prompts), 1, 2, 0)
+    reason = "a loss or its gradient is not finite"
+    assert rows[1]["troubles"] == [[prompt, reason, True] for prompt in prompts]
+    assert utils.newest_checkpoint(c.out).name == "step-000006"
 
 
 def test_black_images_are_named_but_do_no_harm(run, monkeypatch):
-    plain = diffusion.decode
-    monkeypatch.setattr(
-        diffusion,
-        "decode",
-        lambda pipe, z: plain(pipe, z) * torch.tensor([1.0, 0.0]).view(2, 1, 1, 1),
-    )
-    log = train.train_step(run)
-    ((prompt, why, fatal),) = log["trouble"]
-    assert why == "the VAE's image is black" and not fatal and "skipped" not in log
+    black = times(torch.tensor([1.0, 0.0]))
+    monkeypatch.setattr(diffusion, "decode", black(diffusion.decode))
+    log, (trouble,) = train.train_step(run)
+    prompt = batch_of(run.prompts, 0, 2, 0)[1]
+    assert trouble == (prompt, "the VAE's image is black", False) and "skipped" not in log
 
 
 def test_there_is_no_half_precision_that_needs_loss_scaling(capsys):
@@ -496,199 +395,117 @@ def test_there_is_no_half_precision_that_needs_loss_scaling(capsys):
     assert stop.value.code == 2 and "bfloat16" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches and processes
+# --------------------------------------------------------------------------------------------------
+# Ranks
 
 
-def gradients_of_a_step(folder, **changes):
-    run = train.setup(small_config(folder, **{**OPTIONS, **changes}))
-    randomise(run.parameters, 5)
-    randomise(run.discriminator_parameters, 6)
-    return watched_step(run)
+@pytest.mark.parametrize("how", ["SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.slow)])
+def test_a_lost_rank_ends_the_others_in_one_line(tmp_path, how):
+    c = small_config(tmp_path, **OPTIONS, timeout=0.5)
+
+    def body():
+        before_step(1, lambda run: run.rank == 1 and strike(getattr(signal, how)))
+        train.main(c)
+
+    first, second = forked(body, 2, timeout=100)
+    assert (first.code, second.code) == (1, -signal.SIGKILL)
+    line = first.output.splitlines()[-1]
+    assert line.startswith("train.py: another rank has gone or does not answer")
+    assert "Traceback" not in first.output
+    assert utils.newest_checkpoint(c.out).name == "step-000001"
 
 
-def close(found, expected):
-    """Equal up to rounding: 1e-3 of each tensor's norm."""
-    assert len(found) == len(expected) >= 100
-    for a, b in zip(found, expected):
-        assert (a - b).norm() <= 1e-3 * b.norm() + 1e-6
+def test_ranks_that_disagree_are_stopped_at_the_start(tmp_path):
+    """They get different learning rates and prompt files and resume from different checkpoints."""
+    c = small_config(tmp_path, **OPTIONS)
 
+    def body():
+        rank, plain = int(os.environ["RANK"]), train.setup
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
-    """The gradients of a step of four prompts in one batch, and its log."""
-    return gradients_of_a_step(tmp_path_factory.mktemp("large"), batch=4)
+        def setup(c):
+            run = plain(c)
+            run.step = rank
+            return run
 
+        train.setup, utils.hash_of = setup, lambda path: f"file of {rank}"
+        train.main(replace(c, lr=c.lr * (1 + rank)))
 
-def test_accumulated_batches_are_the_large_batch(tmp_path, large):
-    found, log = gradients_of_a_step(tmp_path, batch=2, accumulate=2)
-    close(found, large[0])
-    for key, value in large[1].items():
-        if key.startswith("loss") or "norm" in key:
-            assert log[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
-    alone, _ = gradients_of_a_step(tmp_path, batch=2)
-    assert any((a - b).norm() > 0.1 * b.norm() for a, b in zip(alone, large[0]))
-
-
-def start_ranks(script, processes=2):
-    """Starts the processes by hand, as torchrun would, but with nobody to watch over them."""
-    port = str(20000 + random.SystemRandom().randrange(20000))
-    return [
-        subprocess.Popen(
-            [sys.executable, str(script)],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "RANK": str(i),
-                "LOCAL_RANK": str(i),
-                "WORLD_SIZE": str(processes),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            },
+    for ended in forked(body, 2):
+        assert ended.code == 1 and ended.output.splitlines()[-1] == (
+            "train.py: the ranks do not agree: --lr is 0.003 and 0.006; the content of --prompts "
+            "is file of 0 and file of 1; the checkpoint to go on from is 0 and 1"
         )
-        for i in range(processes)
-    ]
+    assert not c.out.exists()
 
 
-def ranks_of(folder, body, **changes):
-    """(stderr, exit code) of two processes that ran `body`."""
-    processes = start_ranks(write_script(folder, body, **{**OPTIONS, **changes}))
-    return [(p.communicate(timeout=200)[1][-2000:], p.returncode) for p in processes]
+def test_ranks_that_drift_apart_are_stopped(tmp_path):
+    """Each changes one weight by a small amount of its own before the first checkpoint."""
+    c = small_config(tmp_path, **OPTIONS)
+
+    def drift(run):
+        run.parameters[0].data[0, 0] += 1e-6 * run.rank
+
+    def body():
+        before_step(0, drift)
+        train.main(c)
+
+    for ended in forked(body, 2):
+        assert ended.code == 1
+        assert "train.py: step 1: the ranks' weights have drifted apart" in ended.output
+    assert not (c.out / "checkpoints").exists()
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """A step that one of two processes spoils, and the same step again: what each logged, and its gradients."""
-    folder = tmp_path_factory.mktemp("two")
-    body = """
-run = train.setup(c)
-randomise(run.parameters, 5)
-randomise(run.discriminator_parameters, 6)
-start = [p.detach().clone() for p in run.parameters + run.discriminator_parameters]
-plain = losses.caption_loss
-losses.caption_loss = lambda *a: plain(*a) * (float("nan") if run.process == 1 else 1)
-skipped = train.train_step(run)
-assert all(torch.equal(a, b) for a, b in zip(start, run.parameters + run.discriminator_parameters))
-parallel.check_agreement(run)
-losses.caption_loss = plain
-found, _ = watched_step(run)
-torch.save((skipped, found), folder / f"rank{run.process}.pt")
-parallel.leave(run.processes)
-"""
-    ends = ranks_of(folder, body)
-    assert [code for _, code in ends] == [0, 0], ends
-    return [torch.load(folder / f"rank{i}.pt") for i in range(2)]
+RESTARTED = """
+import os, signal, sys
+from pathlib import Path
 
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import test_faults, train
+from conftest import small_config
 
-def test_two_processes_are_one_with_the_double_batch(two_processes, large):
-    (_, first), (_, second) = two_processes
-    assert same(first, second)
-    close(first, large[0])
+folder = Path({folder!r})
 
-
-def test_a_bad_number_in_one_process_skips_the_step_in_all(two_processes):
-    listed = train.prompt_lists.read(configuration.PRESETS["shapes"][1].prompts)
-    spoilt = train.prompt_lists.batch_of(listed, 0, 2, 0, process=1, processes=2)
-    for log, _ in two_processes:
-        assert log["skipped"] and log["trouble"] == [
-            (p, "a loss or its gradient is not finite", True) for p in spoilt
-        ]
-
-
-@pytest.mark.parametrize("how", ["SIGKILL", pytest.param("SIGSTOP", marks=slow)])
-def test_a_lost_process_ends_the_others_in_one_line(tmp_path, how):
-    body = f"""
-plain = train.train_step
-def step(run):
-    if run.step == 1 and run.process == 1: os.kill(os.getpid(), signal.{how})
-    return plain(run)
-train.train_step = step
-train.main(c)
-"""
-    first, second = start_ranks(write_script(tmp_path, body, **{**OPTIONS, "timeout": 0.5}))
-    said = first.communicate(timeout=200)[1]
-    second.kill()
-    second.communicate()
-    assert first.returncode == 1
-    assert (
-        "Traceback" not in said and "train.py: another process has gone or does not answer" in said
-    ), said[-2000:]
-    assert output.newest(tmp_path / "run").name == "step-000001"
-
-
-def test_processes_that_disagree_are_stopped_at_the_start(tmp_path):
-    """They were given other learning rates and prompt files, and resume from other checkpoints."""
-    body = """
-own, plain = int(os.environ["RANK"]), train.setup
-def setup(c):
-    run = plain(c)
-    run.step = own
-    return run
-train.setup, parallel.hash_of = setup, lambda path: f"file of {own}"
-c.lr *= 1 + own
-train.main(c)
-"""
-    ends = ranks_of(tmp_path, body)
-    assert [code for _, code in ends] == [1, 1], ends
-    named = (
-        "--lr is 0.003 and 0.006; the content of --prompts is file of 0 and file of 1; "
-        "the checkpoint to go on from is 0 and 1\n"
-    )
-    assert all(f"train.py: the processes do not agree: {named}" in said for said, _ in ends), ends
-    assert not (tmp_path / "run").exists()
-
-
-@slow
-def test_torchrun_restarts_and_goes_on_by_itself(tmp_path, straight):
-    body = f"""
-plain = train.train_step
-def step(run):
-    if run.step == 2 and not (folder / "killed").exists():
+def die_once(run):
+    if run.rank == 1 and not (folder / "killed").exists():
         (folder / "killed").touch()
-        {KILL}
-    return plain(run)
-train.train_step = step
-train.main(c)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+test_faults.before_step(2, die_once)
+train.main(small_config(folder, **test_faults.OPTIONS))
 """
-    done = command(
-        write_script(tmp_path, body, **OPTIONS),
-        modules=(
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            1,
-            "--max-restarts",
-            1,
-        ),
-    )
-    assert done.returncode == 0 and (tmp_path / "killed").exists(), done.stderr[-2000:]
-    assert same(state_of(tmp_path / "run"), straight)
 
 
-def test_other_processes_may_take_up_the_run(tmp_path, straight):
-    """Two processes begin, one with two batches a step goes on: the same prompts, noise and steps, other rounding."""
+@pytest.mark.slow
+def test_torchrun_restarts_and_goes_on_by_itself(tmp_path):
+    straight = small_config(tmp_path / "straight", **OPTIONS)
+    assert [ended.code for ended in forked(lambda: train.main(straight), 2)] == [0, 0]
+    script = tmp_path / "script.py"
+    script.write_text(RESTARTED.format(root=str(ROOT), folder=str(tmp_path)))
+    flags = ["--standalone", "--nproc_per_node", 2, "--max-restarts", 1]
+    done = command("-m", "torch.distributed.run", *flags, script)
+    assert done.returncode == 0 and (tmp_path / "killed").exists(), done.stderr
+    assert same(state_of(tmp_path / "run"), state_of(straight.out))
+
+
+def test_other_ranks_may_take_up_the_run(tmp_path, straight):
+    """Two ranks begin, one with two batches a step goes on: the same prompts, noise and steps, with
+    other rounding."""
     c = small_config(tmp_path, **{**OPTIONS, "batch": 1})
-    ends = ranks_of(tmp_path, "train.main(c)", batch=1, steps=1)
-    assert [code for _, code in ends] == [0, 0], ends
+
+    def body():
+        before_step(1, lambda run: strike(signal.SIGTERM))
+        train.main(c)
+
+    ends = forked(body, 2)
+    assert [ended.code for ended in ends] == [0, 0], ends
+    assert "3 steps of 1 x 1 x 2 = 2 prompts" in ends[0].output
+    assert "steps of" not in ends[1].output
     train.main(replace(c, resume=True, accumulate=2))
-    name, lora, _, _, logs = state_of(tmp_path / "run")
-    assert name == straight[0]
-    for row, expected in zip(logs, straight[-1], strict=True):
-        assert row["loss_caption"] == pytest.approx(expected["loss_caption"], rel=0.02)
+    name, _, (_, lora), rows = state_of(c.out)
+    expected_name, _, (_, expected_lora), expected_rows = state_of(straight)
+    assert name == expected_name
+    for row, expected in zip(rows, expected_rows, strict=True):
+        assert row["loss_blip"] == pytest.approx(expected["loss_blip"], rel=0.02)
     moved = torch.cat([w.flatten() for w in lora.values()])
-    wanted = torch.cat([w.flatten() for w in straight[1].values()])
+    wanted = torch.cat([w.flatten() for w in expected_lora.values()])
     assert (moved - wanted).norm() < 0.05 * wanted.norm()
-
-
-def test_agreement_is_checked_by_value(monkeypatch):
-    monkeypatch.setattr(
-        parallel, "gather", lambda rows, processes: [rows[0], {**rows[0], "--seed": "1"}]
-    )
-    monkeypatch.setattr(parallel, "hash_of", lambda path: "equal")
-    run = type("R", (), {"config": configuration.PRESETS["shapes"][1], "step": 0, "processes": 2})
-    with pytest.raises(ValueError, match="do not agree: --seed is 0 and 1$"):
-        parallel.check_alike(run)

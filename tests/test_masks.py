@@ -63,7 +63,7 @@ def folders(tmp_path_factory):
     """Folders of a tiny GroundingDINO with its tokenizer and of a tiny SAM."""
     dino, sam = tmp_path_factory.mktemp("dino"), tmp_path_factory.mktemp("sam")
     bert = {"num_attention_heads": 4, "intermediate_size": 64, "vocab_size": write_tokenizer(dino)}
-    small = {"num_queries": 20, "encoder_layers": 1, "decoder_layers": 1}
+    small = {"num_queries": 20, "encoder_layers": 1, "decoder_layers": 2}
     config = GroundingDinoConfig(
         backbone_config=SwinConfig(
             embed_dim=12, depths=[1, 1, 2, 1], num_heads=[1, 2, 2, 4], out_indices=[2, 3, 4]
@@ -328,10 +328,11 @@ def test_a_missing_weight_is_refused(config, folders, tmp_path):
 @pytest.fixture
 def scene(tmp_path):
     """An image of a green square and a white circle."""
-    things = [
-        world.Thing("square", world.COLOURS["green"], 22, 22, 6),
-        world.Thing("circle", world.COLOURS["white"], 8, 8, 6),
-    ]
+    rng = random.Random(0)
+    things = world.place(rng, [("green", "square"), ("white", "circle")])
+    places = [(22, 22), (8, 8)]
+    for thing, (thing.x, thing.y) in zip(things, places):
+        thing.radius = 6
     to_pil_image(world.render(things)).save(tmp_path / "scene.png")
     return tmp_path / "scene.png"
 

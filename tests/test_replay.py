@@ -22,6 +22,7 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     StableDiffusionPipeline,
 )
+from diffusers.utils.torch_utils import randn_tensor
 
 import attention
 import diffusion
@@ -59,7 +60,7 @@ def test_coefficients_equal_the_schedulers_own_step(kind, prediction, spacing):
     scheduler = diffusion.SCHEDULERS[kind].from_config(options)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     generator = torch.Generator().manual_seed(0)
-    tolerance = 1e-4 if kind == "euler" else 1e-6  # its sigmas are float32
+    tolerance = 1e-5 if kind == "euler" else 1e-9  # diffusers' Euler computes in float32
     for num_steps in (1, 7, 16, 50):
         plan = diffusion.schedule(scheduler, num_steps)
         assert [step.t for step in plan.steps] == scheduler.timesteps.tolist()
@@ -69,10 +70,10 @@ def test_coefficients_equal_the_schedulers_own_step(kind, prediction, spacing):
             scaled = scheduler.scale_model_input(z, t)
             torch.testing.assert_close(step.scale * z, scaled, rtol=1e-6, atol=1e-6)
             theirs = scheduler.step(output, t, z, generator=seeded(1)).prev_sample
-            noise = diffusion.randn_tensor(z.shape, seeded(1), dtype=z.dtype)
+            noise = randn_tensor(z.shape, seeded(1), dtype=z.dtype)
             ours = step.a * z + step.b * output + step.c * noise
             assert (ours - theirs).abs().max() < tolerance * theirs.abs().max(), (num_steps, t)
-            assert (step.c > 0) == (kind == "ddpm" and t > 0)
+        assert any(step.c for step in plan.steps[:-1]) == (kind == "ddpm" and num_steps > 1)
 
 
 @pytest.mark.parametrize(
@@ -102,12 +103,9 @@ class World:
     size: powers of two, as losses are computed in fp32 and scaling by these does not round."""
 
     def __init__(self, kind="ddpm", prediction="v_prediction"):
-        self.kind = kind
         self.pipe, self.parameters = tiny_pipeline()
         options = {**self.pipe.scheduler.config, "prediction_type": prediction}
-        self.scheduler = diffusion.SCHEDULERS[kind].from_config(options)
-        self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.double()
-        self.plan = diffusion.schedule(self.scheduler, T)
+        self.plan = diffusion.schedule(diffusion.SCHEDULERS[kind].from_config(options), T)
         self.discriminator = tiny_discriminator(self.pipe, self.plan)
         self.blip = tiny_blip()
         self.pipe.to(dtype=torch.float64)
@@ -158,7 +156,6 @@ class World:
     def one_loss(self, trained, attended, through_inputs=False):
         """The plain way: the whole loop in one graph, every loss in one scalar."""
         z, generators, total = self.noise * self.plan.start, seeded(2), 0
-        self.scheduler.set_timesteps(T)
         for i, step in enumerate(self.plan.steps):
             seen = z if through_inputs else z.detach()
             both = torch.cat([seen, seen]) * step.scale
@@ -171,10 +168,9 @@ class World:
                 total = total + self.attention_loss(maps)[0]
             null, prompt = output.chunk(2)
             output = null + GUIDANCE * (prompt - null)
-            if self.kind == "euler":  # diffusers' own step rounds to float32
-                z = step.a * z + step.b * output
-            else:
-                z = self.scheduler.step(output, step.t, z, generator=generators).prev_sample
+            z = step.a * z + step.b * output
+            if step.c:
+                z = z + step.c * randn_tensor(z.shape, generators, dtype=z.dtype)
         return total + self.image_loss(z)
 
     def one_graph(self, *arguments, **options):
@@ -342,7 +338,7 @@ def test_sd15_samples_and_replays_and_its_stock_pipeline_loads_the_lora(tmp_path
     assert all(p.grad.abs().sum() > 0 for p in parameters[1::2])  # every lora_B
 
     randomise(parameters, scale=0.1)
-    diffusion.save_lora(pipe, tmp_path / "lora", diffusion.ADAPTER)
+    models.save_adapter(pipe, tmp_path / "lora", diffusion.ADAPTER)
     stock = StableDiffusionPipeline.from_pretrained(tmp_path / "sd", scheduler=pipe.scheduler)
     size = {"height": 16, "width": 16, "num_inference_steps": 4, "guidance_scale": 5.0}
 

@@ -204,18 +204,14 @@ def test_fit_ends_with_the_average_of_the_weights():
 
 
 def test_a_stage_leaves_what_the_world_loads(tmp_path, monkeypatch):
-    quick = pretrain.Config(out=tmp_path, steps_scale=0, only=("vae", "segmenter"))
-    monkeypatch.setattr(pretrain, "held_out", lambda seed, held_out=pretrain.held_out: few(seed))
-    pretrain.main(quick)
+    few = world.render([])[None].repeat(2, 1, 1, 1), [PROMPT] * 2
+    monkeypatch.setattr(pretrain, "held_out", lambda seed: few)
+    pretrain.main(pretrain.Config(out=tmp_path, steps_scale=0, only=("vae", "segmenter")))
     saved = load_file(tmp_path / "segmenter/model.safetensors")
     loaded = world.Segmenter.load(tmp_path / "segmenter").state_dict()
     assert all(torch.equal(saved[name], loaded[name]) for name in loaded)
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert list(scores) == ["vae", "segmenter"] and 0 <= scores["segmenter"]["foreground_iou"] <= 1
-
-
-def few(seed):
-    return world.render([])[None].repeat(2, 1, 1, 1), [PROMPT] * 2
 
 
 def test_a_stage_without_its_vae_is_refused(tmp_path):

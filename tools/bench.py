@@ -1,12 +1,11 @@
 """One training step, measured: seconds, arithmetic and peak memory of each of its phases.
 
-    python tools/bench.py sdxl --random-weights         does my GPU hold the recipe? No download
-    python tools/bench.py sd15 --random-weights --batch 2    any field of the configuration is a flag
-    python tools/bench.py shapes --profile              the weights that the preset names
+    python tools/bench.py sdxl --random-weights            does my GPU hold the recipe? No download
+    python tools/bench.py sd15 --random-weights --batch 2  any field of the configuration is a flag
+    python tools/bench.py shapes --profile                 the weights that the preset names
 
-The first step warms up and counts the arithmetic, further ones are timed. Captioner, GroundingDINO
-and SAM are part of a step, and so are the reference latents, as in a run's first epoch. It ends
-with an error unless all numbers are finite and all tensors of both adapters get a gradient.
+The first step counts the arithmetic, the next ones are timed; each makes its reference latents. It
+is an error if a number is not finite or a tensor of an adapter gets no gradient.
 """
 
 import sys
@@ -15,57 +14,38 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import config as configuration
+from config import PRESETS, SDXL, SHAPES, Config, parse, reward_weights
 
 
 @dataclass
-class Bench(configuration.Config):
+class Bench(Config):
     random_weights: bool = False
-    """Random weights in the architectures of SDXL or SD1.5, BLIP, GroundingDINO and SAM."""
+    """Random weights of the true sizes: SDXL or SD1.5, BLIP, GroundingDINO and SAM."""
     repeat: int = 1
-    """Steps to time; the fastest is shown."""
+    """Steps to time; the fastest is shown. With --compile give 2: the first compiles."""
     profile: bool = False
     """Show the operators that take most of a step, by torch's profiler."""
     json: str = ""
     """Write the figures to this file, too."""
 
 
-def parse(arguments=None):
-    presets = {k: (text, Bench(**vars(c))) for k, (text, c) in configuration.PRESETS.items()}
-    return configuration.parse(arguments, presets=presets)
-
+BENCHES = {name: (text, Bench(**vars(config))) for name, (text, config) in PRESETS.items()}
 
 if __name__ == "__main__":
-    config = parse()  # before the heavy imports: --help answers at once
+    config = parse(presets=BENCHES)  # before the heavy imports: --help answers at once
 
-import itertools
 import json
 import math
 import tempfile
 from collections import defaultdict
 from contextlib import contextmanager
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from torch.utils import flop_counter
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
-from transformers import (
-    AutoTokenizer,
-    BlipConfig,
-    BlipForConditionalGeneration,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    GroundingDinoConfig,
-    GroundingDinoForObjectDetection,
-    SamConfig,
-    SamModel,
-)
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 import diffusion
 import models
@@ -75,106 +55,153 @@ from entities import load_tokenizer
 from masks import GroundedSAM
 from rewards import Blip
 
-THINGS = (
-    "a red car",
-    "a tall green tree",
-    "a wooden chair",
-    "a blue dog",
-    "a metallic spoon",
-    "a fluffy white rug",
-    "two small birds",
-    "a black bench",
-    "a round mirror",
-    "a square table",
-    "an orange cat",
-    "a glass vase",
-)
-PROMPTS = [f"{one} and {other}" for one, other in itertools.permutations(THINGS, 2)]
-
 # --------------------------------------------------------------------------------------------------
-# Random weights: the published configurations, where they differ from the classes' defaults
+# Models with random weights, of the published configurations
 
-UNETS = {
-    configuration.SDXL: {
-        "sample_size": 128,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "block_out_channels": (320, 640, 1280),
-        "transformer_layers_per_block": (1, 2, 10),
-        "attention_head_dim": (5, 10, 20),
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-    configuration.SD15.model: {"sample_size": 64, "cross_attention_dim": 768},
-}
-VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-}
-CLIP_IDS = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407}
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, **CLIP_IDS}
-CLIP_G = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "hidden_act": "gelu",
-    "projection_dim": 1280,
-    **CLIP_IDS,
-}
-BLIP = {
-    "vision_config": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-    },
-    "text_config": {"num_attention_heads": 12},
-}
-DINO = {}  # Swin-T and BERT are the defaults
-SAM = {
-    "vision_config": {
-        "hidden_size": 1280,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-        "global_attn_indexes": [7, 15, 23, 31],
-    }
-}
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-
-
-@contextmanager
-def building(device, dtype):
-    """Within the context modules are made on the device and in the dtype, with no copy elsewhere."""
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            yield
-    finally:
-        torch.set_default_dtype(torch.float32)
+SIZES = json.loads(Path(__file__).with_name("architectures.json").read_text())
 
 
 def random_models(c):
-    """(pipeline, rewards, segmenter) of the true sizes, as train.setup takes them."""
-    if c.model not in UNETS:
-        raise ValueError(
-            f"--random-weights: no architecture for --model {c.model}; take the preset sdxl or sd15"
-        )
+    """(pipeline, rewards, segmenter) for train.setup; BLIP stands in for any reward."""
+    if c.model not in SIZES["unet"]:
+        raise ValueError(f"--random-weights: for the presets sdxl and sd15, not for {c.model}")
     device, dtype = utils.choose_device(c), getattr(torch, c.dtype)
-    tokenizer = AutoTokenizer.from_pretrained(configuration.SHAPES / "captioner")
-    scheduler = diffusion.SCHEDULERS[c.scheduler](**BETAS, steps_offset=1)
-    with building(device, dtype):
-        pipe = random_pipeline(c.model, scheduler)
-        blip = BlipForConditionalGeneration(BlipConfig(**BLIP)).requires_grad_(False).eval()
-    with building(device, torch.float32):
-        dino = GroundingDinoForObjectDetection(GroundingDinoConfig(**DINO))
-        sam = SamModel(SamConfig(**SAM))
-    judge = Blip(blip, tokenizer, c.caption_prefix, c.caption_reduction, c.label_smoothing)
-    # thresholds of 0: SAM gets as many boxes as it ever does
-    segmenter = GroundedSAM(dino, tokenizer, sam, 0.0, 0.0, dtype).to(device)
-    return models.freeze(pipe), {"blip": judge}, segmenter
+    dino_config = transformers.GroundingDinoConfig(**SIZES["dino"])
+    with device:
+        torch.set_default_dtype(dtype)  # so large a UNet is never made in float32
+        pipe = random_pipeline(c)
+        blip = transformers.BlipForConditionalGeneration(transformers.BlipConfig(**SIZES["blip"]))
+        torch.set_default_dtype(torch.float32)
+        dino = transformers.GroundingDinoForObjectDetection(dino_config)
+        sam = transformers.SamModel(transformers.SamConfig(**SIZES["sam"]))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(SHAPES / "captioner")
+    judges = dict.fromkeys(reward_weights(c), Blip(blip.requires_grad_(False).eval(), tokenizer))
+    lowest = 0.0, 0.0  # thresholds: SAM gets as many boxes as it ever does
+    return pipe, judges, GroundedSAM(dino, tokenizer, sam, *lowest, dtype).to(device)
+
+
+def random_pipeline(c):
+    first, second = (transformers.CLIPTextConfig(**SIZES[name]) for name in ("clip-l", "clip-g"))
+    parts = {
+        "unet": diffusers.UNet2DConditionModel(**SIZES["unet"][c.model]),
+        "vae": diffusers.AutoencoderKL(**SIZES["vae"]),
+        "text_encoder": transformers.CLIPTextModel(first),
+        "tokenizer": load_tokenizer(),
+        "scheduler": diffusion.SCHEDULERS[c.scheduler].from_config(SIZES["scheduler"]),
+    }
+    if c.model == SDXL:
+        parts["text_encoder_2"] = transformers.CLIPTextModelWithProjection(second)
+        parts["tokenizer_2"] = parts["tokenizer"]
+        return models.freeze(diffusers.StableDiffusionXLPipeline(**parts))
+    parts |= {"safety_checker": None, "feature_extractor": None}
+    return models.freeze(diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False))
+
+
+# --------------------------------------------------------------------------------------------------
+# Measuring
+
+aten = torch.ops.aten  # torch has no formula for its CPU kernel of attention
+flop_registry[aten._scaled_dot_product_flash_attention_for_cpu] = sdpa_flop
+flop_registry[aten._scaled_dot_product_flash_attention_for_cpu_backward] = sdpa_backward_flop
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts the arithmetic of products, convolutions and attention by torch's formulas, while it
+    is on. (torch's FlopCounterMode fails in torch.autograd.grad.)"""
+
+    tflop = 0.0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        if formula := flop_registry.get(function.overloadpacket):
+            self.tflop += formula(*args, **kwargs, out_val=output) / 1e12
+        return output
+
+
+def measure(run, repeat):
+    """({phase: (seconds, TFLOP, peak GiB)} of the fastest step, and what it logs)."""
+    counter, tflop, peak = FlopCounter(), defaultdict(float), defaultdict(float)
+    device = run.pipe.unet.device
+
+    @contextmanager
+    def phase(name):
+        before = counter.tflop
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with train.Run.phase(run, name):
+            yield
+        tflop[name] += counter.tflop - before
+        peak[name] = max(peak[name], utils.peak_memory(device))
+
+    run.phase = phase
+    with counter:
+        step(run)
+    steps = [step(run) for _ in range(repeat)]
+    seconds, log = min(steps, key=lambda timed: sum(timed[0].values()))
+    return {name: (seconds[name], tflop[name], peak[name]) for name in seconds}, log
+
+
+def step(run):
+    """({phase: seconds}, what is logged) of one training step."""
+    with tempfile.TemporaryDirectory() as folder:
+        run.config, run.seconds = replace(run.config, references=Path(folder)), {}
+        log, troubles = train.train_step(run)
+    if train.is_fatal(troubles):
+        raise ValueError(troubles[0].reason)
+    run.step += 1
+    return run.seconds, log
+
+
+def measure_peak_speed(device, dtype):
+    """TFLOP/s of a large matrix product: what the device reaches, not what its maker says."""
+    n = 8192 if device.type == "cuda" else 1024
+    square = torch.randn(n, n, device=device, dtype=dtype)
+    timer = Timer("a @ a", globals={"a": square}, num_threads=torch.get_num_threads())
+    return 2 * n**3 / 1e12 / timer.blocked_autorange().median
+
+
+def print_table(phases, peak_speed):
+    seconds, tflop, gib = zip(*phases.values())
+    total = sum(seconds)
+    rows = phases | {"step": (total, sum(tflop), max(gib))}
+    print("phase           seconds   share     TFLOP   TFLOP/s  of peak  peak GiB")
+    for name, (seconds, tflop, gib) in rows.items():
+        speed = tflop / seconds
+        print(f"{name:<14}{seconds:>9.2f}{seconds / total:>8.1%}{tflop:>10.3f}", end="")
+        print(f"{speed:>10.3f}{speed / peak_speed:>9.1%}{gib:>10.2f}")
+    print(f"peak: {peak_speed:.3f} TFLOP/s, of a large matrix product")
+
+
+def main(c):
+    if c.repeat < 1:
+        raise ValueError(f"--repeat {c.repeat}: must be at least 1")
+    torch.manual_seed(c.seed)
+    if c.random_weights:
+        c = replace(c, prompts=SHAPES / "prompts/train.txt")
+    run = train.setup(c, *(random_models(c) if c.random_weights else ()))
+    for parameter in run.trainables():  # some are zero, and others get no gradient then
+        torch.nn.init.normal_(parameter, std=0.01)
+    train.announce(run)
+    phases, log = measure(run, c.repeat)
+    device = run.pipe.unet.device
+    peak_speed = measure_peak_speed(device, run.pipe.unet.dtype)
+    print_table(phases, peak_speed)
+    print(", ".join(f"{name} {value:.4g}" for name, value in log.items() if "loss" in name))
+    if c.profile:
+        with torch.profiler.profile() as profiler:
+            step(run)
+        print(profiler.key_averages().table(f"self_{device.type}_time_total", row_limit=15))
+    if c.json:
+        figures = {"phases": phases, "log": log, "peak_speed": peak_speed, "config": vars(c)}
+        utils.write(c.json, json.dumps(figures, indent=2, default=str) + "\n")
+    reached = [state for state in run.optimizer.state.values() if state["exp_avg"].any()]
+    missing = len(run.trainables()) - len(reached)
+    wrong = [name for name, value in log.items() if not math.isfinite(value)]
+    if wrong or missing:
+        raise ValueError(f"{missing} adapter tensors without gradient; not finite: {wrong}")
+
+
+if __name__ == "__main__":
+    with utils.one_line_errors("bench.py", "try --checkpointing, or a smaller --batch"):
+        main(config)

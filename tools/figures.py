@@ -104,11 +104,11 @@ def bars(axes, title, words, rows):
     """Horizontal bars of rows {label: a share (0 to 1) per word}."""
     height = 0.8 / len(rows)
     for k, (label, shares) in enumerate(rows.items()):
-        y = np.arange(len(words)) + (k - (len(rows) - 1) / 2) * height
-        axes.barh(y, 100 * np.array(shares), 0.92 * height, color=COLOURS[label], label=label)
+        y = np.arange(len(words)) + (k + 0.5) * height - 0.4
+        percent = 100 * np.array(shares)
+        axes.barh(y, percent, 0.92 * height, color=COLOURS[label], label=label)
     plain(axes, "x")
-    short = [textwrap.shorten(word, 14, placeholder="…") for word in words]
-    axes.set_yticks(range(len(words)), short, color=FAINT)
+    axes.set_yticks(range(len(words)), [word[:14] for word in words], color=FAINT)
     axes.set_title(wrap(title, 24), loc="left")
 
 
@@ -126,14 +126,14 @@ def attention_chart(prompt, words, rows):
     for axes in panels.flat:
         axes.set(xticks=[], yticks=[], frame_on=False)
     for line, (label, (image, maps, masks)) in zip(panels, rows.items()):
-        picture = image.permute(1, 2, 0)
+        picture = image.permute(1, 2, 0).numpy()
         line[0].imshow(picture)
         line[0].set_ylabel(label, fontsize=10, fontweight="bold")
         for axes, word in zip(line[1:], words):
             largest = max(other[word.tokens].sum(0).max() for _, other, _ in rows.values())
             heat(axes, picture, maps[word.tokens].sum(0) / largest, masks[word.entity])
     for axes, word in zip(panels[0, 1:], words):
-        axes.set_title(word.text, fontweight="bold")
+        axes.set_title(word.text[:12], fontweight="bold")
     figure.suptitle(wrap(prompt, 14 * columns), fontsize=10, x=0.01, ha="left")
     return figure
 
@@ -142,11 +142,11 @@ def heat(axes, picture, values, mask):
     """The grey shadow of a picture (H, W, 3) under values (h, w), 0 to 1, and a mask (H, W)."""
     shadow = axes.imshow(picture.mean(-1), "gray", vmin=-1, vmax=1)
     extent = shadow.get_extent()
-    axes.imshow(values, HEAT, vmin=0, vmax=1, extent=extent, interpolation="bilinear")
+    axes.imshow(values.numpy(), HEAT, vmin=0, vmax=1, extent=extent, interpolation="bilinear")
     share = share_inside(values, mask)
     axes.set_xlabel("no mask" if math.isnan(share) else f"{100 * share:.0f} % inside")
     if 0 < mask.mean() < 1:
-        axes.contour(mask, [0.5], colors=INK)
+        axes.contour(mask.numpy(), [0.5], colors=INK)
 
 
 def mask_overlay(image, masks, labels):

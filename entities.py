@@ -107,7 +107,7 @@ def is_misread_verb(word):
     """The "scurries" of "a mouse scurries across", misread as a plural: its article says "one"."""
     if word.tag_ != "NNS" or next_word(word).pos_ not in ("ADP", "ADV"):
         return False
-    has_subject = any(child.tag_ in ("NN", "NNP") for child in word.lefts)
+    has_subject = any(c.tag_ in ("NN", "NNP") and c.i == word.i - 1 for c in word.lefts)
     return has_subject and any(child.lower_ in ("a", "an") for child in word.lefts)
 
 

@@ -159,7 +159,7 @@ def judge_activation(setup, items, images, z, adapter):
 
 
 ENC, DEC, YES, NO = 30523, 30522, 2748, 2053  # BLIP-VQA: first tokens of question, answer; answers
-load_vqa = cache(partial(rewards.load_blip_model, "vqa", BlipForQuestionAnswering, tolerated=0))
+load_vqa = cache(partial(models.load_blip_model, "vqa", BlipForQuestionAnswering, tolerated=0))
 
 
 def judge_vqa(setup, items, images, z, adapter):

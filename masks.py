@@ -8,7 +8,6 @@
 The two together are Grounded-SAM (arXiv 2401.14159), the paper's choice (section 3.3).
 """
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -46,7 +45,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import entities
 import prompts as prompt_lists
 import utils
-from models import check_tokenizer, load_whole
+from models import check_tokenizer, load_whole, naming
 from shapes import world
 from tools import figures
 
@@ -118,25 +117,16 @@ def caption_of(nouns, tokenizer):
     return caption, torch.tensor(indices) == 2 * torch.arange(len(nouns))[:, None]
 
 
-@contextmanager
-def naming(flag, value):
-    """Turns whatever the libraries raise, nearly anything if a file is damaged, into one line."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{flag} {value}: cannot be loaded ({utils.first_line(error)})") from error
-
-
 def load_segmenter(config, device):
     """What --segmenter names, on a torch.device; `masks` as in GroundedSAM. Raises ValueError."""
     if config.segmenter != "grounded-sam":
-        with naming("--segmenter", config.segmenter):
+        with naming("segmenter", config.segmenter):
             return world.Segmenter.load(config.segmenter).to(device)
-    with naming("--dino", config.dino):
+    with naming("dino", config.dino):
         dino = load_whole(transformers.GroundingDinoForObjectDetection, config.dino, tolerated=0)
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.dino)
         check_tokenizer(tokenizer, dino.config.text_config.vocab_size)
-    with naming("--sam", config.sam):
+    with naming("sam", config.sam):
         sam = load_whole(transformers.SamModel, config.sam, tolerated=0)
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.dtype)
     thresholds = config.box_threshold, config.text_threshold
@@ -154,7 +144,7 @@ def main(options):
     nouns = [entity.noun for entity in entities.show_entities(options.prompt, nlp)]
     if not (options.image and nouns):
         return
-    with naming("--image", options.image):
+    with naming("image", options.image):
         image = ImageOps.exif_transpose(Image.open(options.image)).convert("RGB")
     device = utils.choose_device(options)
     pixels = pil_to_tensor(image)[None].to(device) / 255

@@ -1,7 +1,6 @@
 """Loading at the edge: base pipelines, runs, LoRA files. What is not what it should be is refused
 in one line that names the flag; the libraries would go on with random weights, or only warn."""
 
-import re
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,7 @@ def open_pipeline(config):
     """The pipeline and the Schedule that a Config names, on its device and in its dtype."""
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.disable_progress_bar()
-        library.set_verbosity_error()
+        library.set_verbosity(library.CRITICAL)  # what they log as an error they raise, too
     unet, vae = unet_and_vae(config)
     dtype, revision = getattr(torch, config.dtype), config.revision or None
     pipe = load(config.model, unet, vae, revision, config.scheduler, choose_device(config), dtype)
@@ -67,72 +66,62 @@ def load(
     """A frozen Stable Diffusion or SDXL pipeline from a hub id or a folder in diffusers' format.
 
     unet, vae: take this part from another hub id or folder. Raises ValueError, naming the flag."""
-    index = pipeline_index(model, revision)
     parts = {}
     if unet:
         parts["unet"] = load_part("unet", UNet2DConditionModel, unet, dtype)
     if vae:
         parts["vae"] = load_part("vae", AutoencoderKL, vae, dtype)
-    if "safety_checker" in index:
-        parts |= {"safety_checker": None, "feature_extractor": None}
-        parts["requires_safety_checker"] = False
-    try:
+    with naming("model", model):
+        index = DiffusionPipeline.load_config(model, revision=revision)
+        check_class(index, *PIPELINES)
+        if "safety_checker" in index:
+            parts |= {"safety_checker": None, "feature_extractor": None}
+            parts["requires_safety_checker"] = False
         for name in ("text_encoder", "text_encoder_2"):
             if name in index:
                 cls = getattr(transformers, index[name][1])
                 options = {"subfolder": name, "dtype": dtype, "revision": revision}
                 parts[name] = load_whole(cls, model, **options)
         pipe = DiffusionPipeline.from_pretrained(model, revision=revision, dtype=dtype, **parts)
-        check_weights(pipe.unet, pipe.vae)
+        check_weights(pipe.unet)
+        check_weights(pipe.vae)
         check_tokenizer(pipe.tokenizer, pipe.text_encoder.config.vocab_size)
-    except Exception as error:  # of a damaged folder the libraries raise nearly anything
-        raise ValueError(f"--model {model}: cannot be loaded ({first_line(error)})") from error
     settings = {"clip_sample": False, **pipe.scheduler.config}  # DDPM would clip latents as pixels
     pipe.scheduler = diffusion.SCHEDULERS[scheduler].from_config(settings)
     return freeze(pipe).to(device)
 
 
-def pipeline_index(model, revision):
-    """A pipeline's model_index.json."""
-    try:
-        index = DiffusionPipeline.load_config(model, revision=revision)
-    except (OSError, RecursionError) as error:
-        raise ValueError(
-            f"--model {model}: no diffusers pipeline there; give a hub id (needs the network once) "
-            f"or a folder with model_index.json ({first_line(error)})"
-        ) from None
-    kind = index.get("_class_name") if isinstance(index, dict) else None
-    if kind not in PIPELINES:
-        raise ValueError(f"--model {model}: is a {kind}; {' or '.join(PIPELINES)} is needed")
-    return index
-
-
-def load_part(flag, cls, source, dtype):
-    """A UNet or VAE from a hub id or a folder that is, or has in its subfolder `flag`, one."""
-    for subfolder in (flag, None):
+def load_part(name, cls, source, dtype):
+    """A UNet or VAE from a hub id or a folder that is, or has in its subfolder `name`, one."""
+    with naming(name, source):
         try:
-            kind = cls.load_config(source, subfolder=subfolder).get("_class_name")
+            config, subfolder = cls.load_config(source, subfolder=name), name
         except OSError:
-            continue
-        if kind != cls.__name__:  # diffusers would go on with random weights
-            raise ValueError(f"--{flag} {source}: is a {kind}, not a {cls.__name__}")
-        try:
-            part = cls.from_pretrained(source, subfolder=subfolder, dtype=dtype)
-            check_weights(part)
-            return part
-        except Exception as error:  # as above
-            raise ValueError(
-                f"--{flag} {source}: cannot be loaded ({first_line(error)})"
-            ) from error
-    raise ValueError(
-        f"--{flag} {source}: no {cls.__name__} there; give a hub id (needs the network once) or a "
-        f"folder with config.json or {flag}/config.json"
-    )
+            config, subfolder = cls.load_config(source), None
+        check_class(config, cls.__name__)  # diffusers would go on with random weights
+        part = cls.from_pretrained(source, subfolder=subfolder, dtype=dtype)
+        check_weights(part)
+        return part
 
 
-def check_weights(*parts):
+@contextmanager
+def naming(flag, source):
+    """Turns whatever the libraries raise of a damaged folder, nearly anything, into one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"--{flag} {source}: cannot be loaded ({first_line(error)})") from error
+
+
+def check_class(config, *names):
+    kind = config.get("_class_name") if isinstance(config, dict) else None
+    if kind not in names:
+        raise ValueError(f"it is a {kind}, {' or '.join(names)} is needed")
+
+
+def check_weights(model):
     """Refuses a model of diffusers that lacks weights: they stay on the meta device."""
-    if any(p.is_meta for part in parts for p in part.parameters()):
+    if any(p.is_meta for p in model.parameters()):
         raise ValueError("weights are missing")
 
 
@@ -156,14 +145,10 @@ def check_tokenizer(tokenizer, words):
 def load_blip_model(flag, cls, source, device, dtype, tolerated=0.1):
     """(frozen model, its tokenizer) of a BLIP class. Raises ValueError, naming the flag, if they
     cannot be loaded or more than a share `tolerated` of the weights is missing."""
-    if source.startswith((".", "/")) and not (Path(source) / "config.json").is_file():
-        raise ValueError(f"--{flag} {source}: no model there (no config.json)")
-    try:
+    with naming(flag, source):
         model = load_whole(cls, source, tolerated, dtype=dtype).to(device)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         check_tokenizer(tokenizer, model.config.text_config.vocab_size)
-    except Exception as error:  # of a damaged folder transformers raises nearly anything
-        raise ValueError(f"--{flag} {source}: cannot be loaded ({first_line(error)})") from error
     return model.requires_grad_(False).eval(), tokenizer
 
 
@@ -201,7 +186,7 @@ def open_run(out, checkpoint="latest", num_steps=0, lora="", base_only=False, de
     config = replace(config, num_steps=steps, device=device)
     pipe, plan = open_pipeline(config)
     if source:
-        load_lora(pipe, source, f"--lora {lora}" if lora else f"{source}: no finished checkpoint")
+        load_lora(pipe, source, "lora" if lora else "checkpoint")
     return config, pipe, plan
 
 
@@ -229,49 +214,40 @@ def load_adapter(pipe, folder, name):
     set_peft_model_state_dict(pipe.unet, convert_unet_state_dict_to_peft(state), name)
 
 
-def load_lora(pipe, source, complaint):
+def load_lora(pipe, source, flag):
     """Loads a LoRA (folder, file or hub id; diffusers' and kohya's formats) as the pipeline's
-    adapter `comat`, in fp32. Every tensor must have its layer in the UNet, of its shape, or
-    ValueError(complaint ...) is raised: diffusers loads what fits and only warns of the rest."""
-    source = str(source)
-    if not Path(source).exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        raise ValueError(f"{complaint}: no such file or folder, nor a hub id (user/name)")
-    try:
-        state = pipe.lora_state_dict(source, unet_config=pipe.unet.config)
-        state = state[0] if isinstance(state, tuple) else state
-    except Exception as error:  # diffusers, safetensors, the hub's client: each raises its own
-        raise ValueError(f"{complaint}: cannot be read as a LoRA ({first_line(error)})") from error
-    check_lora(pipe.unet, state, complaint)
-    try:
-        pipe.load_lora_weights(source, adapter_name=diffusion.ADAPTER)
-    except Exception as error:
-        raise ValueError(f"{complaint}: does not fit this base ({first_line(error)})") from error
+    adapter `comat`, in fp32."""
+    with naming(flag, source):
+        state = pipe.lora_state_dict(str(source), unet_config=pipe.unet.config)
+        check_lora(pipe.unet, state[0] if isinstance(state, tuple) else state)
+        pipe.load_lora_weights(str(source), adapter_name=diffusion.ADAPTER)
     for name, parameter in pipe.unet.named_parameters():
         if f".{diffusion.ADAPTER}." in name:
             parameter.data = parameter.data.float()  # as in training
 
 
-def check_lora(unet, state, complaint):
+def check_lora(unet, state):
+    """Refuses a LoRA with a tensor that has no layer in the UNet, or another shape: diffusers loads
+    what fits and only warns of the rest."""
     state = {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
     if not any("lora_A" in key for key in state):
         state = convert_unet_state_dict_to_peft(state)
-    layers = dict(unet.named_modules())
-    axes = {"A.weight": 1, "B.weight": 0}  # A: (rank, in, ...), B: (out, rank, ...)
-    matrices = 0
-    for key, value in state.items():
-        name, _, part = key.rpartition(".lora_")
-        if part not in axes:
-            continue
-        matrices += 1
-        axis, weight = axes[part], getattr(layers.get(name), "weight", None)
-        if weight is None or weight.shape[axis] != value.shape[axis]:
-            have = "no such layer" if weight is None else weight.shape[axis]
-            raise ValueError(
-                f"{complaint}: made for another architecture: {name} has {value.shape[axis]} "
-                f"{'inputs' if axis else 'outputs'}, this base: {have}"
-            )
+    sizes = {}
+    for name, module in unet.named_modules():
+        if hasattr(module, "weight") and module.weight is not None:
+            outputs, *inputs = module.weight.shape
+            sizes[f"{name}.lora_A.weight"] = inputs[:1]  # A: (rank, inputs, ...)
+            sizes[f"{name}.lora_B.weight"] = [outputs]  # B: (outputs, rank, ...)
+    matrices = [key for key in state if key.endswith(("lora_A.weight", "lora_B.weight"))]
     if not matrices:
-        raise ValueError(f"{complaint}: holds no LoRA for a UNet")
+        raise ValueError("it holds no LoRA for a UNet")
+    for key in matrices:
+        axis = 1 if "lora_A" in key else 0
+        if sizes.get(key) != [state[key].shape[axis]]:
+            raise ValueError(
+                f"made for another architecture: {key} has {state[key].shape[axis]} features, "
+                f"this base {sizes.get(key, 'no such layer')}"
+            )
 
 
 @contextmanager

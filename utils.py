@@ -114,10 +114,7 @@ def together(collective, *arguments):
         raise
     except RuntimeError as error:
         reason = first_line(error)[-200:]
-        raise Lost(
-            f"another rank has gone or does not answer ({reason}); "
-            "the newest checkpoint is whole, go on with --resume"
-        ) from error
+        raise Lost(f"another rank has gone or does not answer ({reason})") from error
 
 
 def join(device, minutes=30.0):

@@ -257,7 +257,8 @@ def small_sizes(monkeypatch):
     sd15 = {"block_out_channels": [32] * 4, "attention_head_dim": 2, "cross_attention_dim": 32}
     swin = {"model_type": "swin", "embed_dim": 12, "depths": [1, 1, 1, 1]}
     swin |= {"num_heads": [1, 2, 2, 4], "out_indices": [2, 3, 4]}
-    layers = {"encoder_layers": 1, "decoder_layers": 2, "num_queries": 20}
+    layers = {"encoder_layers": 1, "decoder_layers": 2, "num_queries": 20, "d_model": 32}
+    layers |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     side, width = {"image_size": 64}, {"hidden_size": 32}
     vision = heads | side | width | {"output_channels": 32, "global_attn_indexes": [0]}
     small = {

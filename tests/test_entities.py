@@ -145,6 +145,12 @@ def test_a_shared_word_belongs_to_neither():
     assert dog == Entity("dog", ("black",), tokens=(5,), noun_tokens=(5,))
 
 
+def test_a_noun_without_a_token_of_its_own_is_no_entity():
+    _, cat, dog = load_parser()("a cat dog")
+    found = entities.locate({cat: [], dog: [cat]}, [(0, 1), (2, 5), (6, 9)])
+    assert found == [Entity("dog", ("cat",), tokens=(2,), noun_tokens=(2,))]
+
+
 SPACED = (
     'A RED car, and (a "Blue" bus)!',
     "a red   car ... and a blue bus",

@@ -8,7 +8,6 @@ import random
 import resource
 import shutil
 import signal
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path

@@ -23,7 +23,8 @@ class Head(nn.Module):
 
     def __init__(self, channels=4, width=64):
         super().__init__()
-        inner, outer = nn.Conv2d(channels, width, 3, padding=1), nn.Conv2d(width, 1, 1)
+        inner = nn.Conv2d(channels, width, 3, padding=1)
+        outer = nn.Conv2d(width, 1, 1)
         self.layers = nn.Sequential(inner, nn.SiLU(), outer)
         nn.init.zeros_(outer.weight)
         nn.init.zeros_(outer.bias)
@@ -37,7 +38,8 @@ class Discriminator:
     prompt: at the sampler's least noisy timestep, with the null prompt (an Embedding)."""
 
     def __init__(self, pipe, plan, null, rank):
-        self.pipe, self.timestep, self.null = pipe, plan.steps[-1].t, null
+        self.pipe, self.null = pipe, null
+        self.timestep = plan.steps[-1].t
         self.head = Head(pipe.unet.config.out_channels).to(pipe.unet.device)
         # SDXL's null prompt is a zero embedding, on which cross-attention adds nothing
         attends = not pipe.config.get("force_zeros_for_empty_prompt")
@@ -60,42 +62,55 @@ class Discriminator:
 
     def save(self, folder):
         adapter = get_peft_model_state_dict(self.pipe.unet, adapter_name=ADAPTER)
-        tensors = {f"unet.{k}": v.contiguous() for k, v in adapter.items()}
-        tensors |= {f"head.{k}": v for k, v in self.head.state_dict().items()}
+        head = self.head.state_dict()
+        tensors = {f"unet.{key}": value.contiguous() for key, value in adapter.items()}
+        tensors |= {f"head.{key}": value for key, value in head.items()}
         save_file(tensors, folder / FILE)
 
     def load(self, folder):
-        tensors = load_file(folder / FILE)
-        adapter = {k.removeprefix("unet."): v for k, v in tensors.items() if k.startswith("unet.")}
-        head = {k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")}
-        set_peft_model_state_dict(self.pipe.unet, adapter, ADAPTER)
-        self.head.load_state_dict(head)
+        parts = {"unet": {}, "head": {}}
+        for key, value in load_file(folder / FILE).items():
+            part, _, name = key.partition(".")
+            parts[part][name] = value
+        set_peft_model_state_dict(self.pipe.unet, parts["unet"], ADAPTER)
+        self.head.load_state_dict(parts["head"])
 
 
 def reference_latents(pipe, plan, config, prompts):
     """z_T of the original model for each prompt (B, 4, h, w), the real examples: from a seed of the
     prompt's own, made once and kept in config.references, one safetensors file a prompt."""
     folder = Path(config.references) / recipe_hash(pipe, config)
-    names = {prompt: sha256(prompt.encode()).hexdigest()[:16] for prompt in prompts}
-    files = {prompt: folder / f"{name}.safetensors" for prompt, name in names.items()}
+    files = {prompt: folder / f"{hash_of(prompt)}.safetensors" for prompt in prompts}
     missing = [prompt for prompt, file in files.items() if not file.exists()]
     if missing:  # all are drawn: an image's last digits depend on its batch
-        generators = [torch.Generator().manual_seed(int(name[:14], 16)) for name in names.values()]
-        size = (config.resolution, config.resolution)
-        noise = diffusion.initial_noise(pipe, size, generators)
-        text = diffusion.encode(pipe, list(names))
-        with diffusion.adapter(pipe.unet, None):
-            z, _ = diffusion.sample(pipe, plan, text, noise, generators, config.guidance_scale)
-        drawn = dict(zip(names, z))
+        drawn = draw_latents(pipe, plan, config, list(files))
         for prompt in missing:
-            write(files[prompt], save({"z": drawn[prompt].cpu().contiguous()}))
+            latent = drawn[prompt].cpu().contiguous()
+            write(files[prompt], save({"z": latent}))
     latents = [load_file(files[prompt])["z"] for prompt in prompts]
     return torch.stack(latents).to(pipe.unet.device)
 
 
+def draw_latents(pipe, plan, config, prompts):
+    """{prompt: z_T of the original model}."""
+    seeds = [int(hash_of(prompt)[:14], 16) for prompt in prompts]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    size = (config.resolution, config.resolution)
+    noise = diffusion.initial_noise(pipe, size, generators)
+    text = diffusion.encode(pipe, prompts)
+    with diffusion.adapter(pipe.unet, None):
+        z, _ = diffusion.sample(pipe, plan, text, noise, generators, config.guidance_scale)
+    return dict(zip(prompts, z))
+
+
 def recipe_hash(pipe, config):
     """A name for all that the original model's latents depend on, its weights included."""
-    weights = [m.weight.double().sum().item() for m in (pipe.unet.conv_in, pipe.unet.conv_out)]
-    fields = "model unet revision resolution scheduler num_steps guidance_scale dtype".split()
-    recipe = *weights, *(getattr(config, field) for field in fields)
-    return sha256(repr(recipe).encode()).hexdigest()[:16]
+    ends = pipe.unet.conv_in, pipe.unet.conv_out
+    recipe = [layer.weight.double().sum().item() for layer in ends]
+    fields = "model unet revision resolution scheduler num_steps guidance_scale dtype"
+    recipe += [getattr(config, field) for field in fields.split()]
+    return hash_of(repr(recipe))
+
+
+def hash_of(text):
+    return sha256(text.encode()).hexdigest()[:16]

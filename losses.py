@@ -18,8 +18,9 @@ def token_loss_paper(attention, tokens, masks):
     layers = []
     for maps in attention:
         average = maps.float().mean(0, keepdim=True)
-        outside = [share.sum() for share in shares_outside(average, tokens, masks)]
-        layers.append(torch.stack(outside).mean())
+        shares = shares_outside(average, tokens, masks)
+        per_entity = torch.stack([share.sum() for share in shares])
+        layers.append(per_entity.mean())
     return torch.stack(layers).mean()
 
 
@@ -28,18 +29,21 @@ def token_loss_official(attention, tokens, masks):
     and over entities; sum over layers."""
     layers = []
     for maps in attention:
-        outside = [s.square().mean() for s in shares_outside(maps.float(), tokens, masks)]
-        layers.append(torch.stack(outside).mean())
+        shares = shares_outside(maps.float(), tokens, masks)
+        per_entity = torch.stack([share.square().mean() for share in shares])
+        layers.append(per_entity.mean())
     return torch.stack(layers).sum()
 
 
 def shares_outside(maps, tokens, masks):
     """Per entity the share of each of its tokens' attention outside its mask, mean over heads."""
     shares = []
-    for mask, indices in zip(resize_masks(masks, maps.shape[1:3]), tokens):
+    resized = resize_masks(masks, maps.shape[1:3])
+    for mask, indices in zip(resized, tokens):
         a = maps[..., list(indices)]  # (heads, h, w, tokens of the entity)
-        inside = (a * mask[..., None]).sum((1, 2)) / a.sum((1, 2)).clamp(min=1e-8)
-        shares.append(1 - inside.mean(0))
+        total = a.sum((1, 2)).clamp(min=1e-8)
+        inside = (a * mask[..., None]).sum((1, 2))
+        shares.append(1 - (inside / total).mean(0))
     return shares
 
 
@@ -60,10 +64,11 @@ def entropies(attention, tokens, masks):
     for size in dict.fromkeys(maps.shape[1:3] for maps in attention):
         same_size = [m.float().mean(0) for m in attention if m.shape[1:3] == size]
         average = torch.stack(same_size).mean(0)  # (h, w, text tokens)
-        summed = torch.stack([average[..., list(indices)].sum(-1) for indices in tokens])
-        inside = summed.clamp(1e-6, 1 - 1e-6)
+        summed = [average[..., list(indices)].sum(-1) for indices in tokens]
+        p = torch.stack(summed).clamp(1e-6, 1 - 1e-6)
         mask = resize_masks(masks, size)
-        terms.append(-torch.where(mask > 0, inside.log(), (1 - inside).log()).mean())
+        log_likelihood = torch.where(mask > 0, p.log(), (1 - p).log())
+        terms.append(-log_likelihood.mean())
     return terms
 
 
@@ -73,7 +78,8 @@ def resize_masks(masks, size):
     area = F.adaptive_avg_pool2d(masks.float()[:, None], size)[:, 0]
     peak = area.amax((1, 2), keepdim=True)
     tiny = (peak > 0) & (peak < 0.5)
-    return ((area >= 0.5) | tiny & (area == peak)).float()
+    best_cell = tiny & (area == peak)
+    return ((area >= 0.5) | best_cell).float()
 
 
 ATTENTION_LOSSES = {  # --attention-reduction -> name, whose weight is the field <name>_weight
@@ -88,7 +94,9 @@ ATTENTION_LOSSES = {  # --attention-reduction -> name, whose weight is the field
 
 def discriminator_loss(real, fake):
     """-log D(z0) - log(1 - D(z0')), mean over images and pixels."""
-    return F.softplus(-real.float()).mean() + F.softplus(fake.float()).mean()
+    loss_real = F.softplus(-real.float()).mean()
+    loss_fake = F.softplus(fake.float()).mean()
+    return loss_real + loss_fake
 
 
 def generator_loss(fake):

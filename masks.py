@@ -47,7 +47,6 @@ import prompts as prompt_lists
 import utils
 from models import check_tokenizer, load_whole, naming
 from shapes import world
-from tools import figures
 
 MAX_CAPTION = 256  # tokens that GroundingDINO reads; nouns beyond them are not found
 MAX_BOXES = 64  # an image, the best: bounds SAM's memory if a threshold lets all 900 through
@@ -134,6 +133,8 @@ def load_segmenter(config, device):
 
 
 def main(options):
+    from tools import figures  # training does not draw
+
     if bool(options.prompt) == bool(options.prompts):
         raise ValueError('give one prompt, such as "a red car", or a list of them, --prompts FILE')
     nlp = entities.load_parser(options.parser)

@@ -151,7 +151,8 @@ def choose_steps(c, step):
     interval = c.num_steps // c.grad_steps
     start = rng.randrange(c.num_steps - interval * (c.grad_steps - 1))
     trained = [start + k * interval for k in range(c.grad_steps)]
-    return trained, rng.sample(trained, min(c.attention_steps, c.grad_steps))
+    attended = rng.sample(trained, min(c.attention_steps, c.grad_steps))
+    return trained, attended
 
 
 def deal(run, part):
@@ -162,8 +163,9 @@ def deal(run, part):
     places = run.world_size * c.accumulate
     prompts = prompt_lists.batch_of(run.prompts, run.step, c.batch, c.seed, place, places)
     first = place * c.batch
-    seeds = [utils.seed_of(c.seed, "noise", run.step, 0, first + i) for i in range(c.batch)]
-    return prompts, [torch.Generator().manual_seed(seed) for seed in seeds]
+    names = [(c.seed, "noise", run.step, 0, first + i) for i in range(c.batch)]
+    generators = [torch.Generator().manual_seed(utils.seed_of(*name)) for name in names]
+    return prompts, generators
 
 
 def judge(run, z, prompts):
@@ -187,10 +189,12 @@ def judge(run, z, prompts):
             gradients[name][part] = share * weight * gradient
             log[f"loss_{name}"] = log.get(f"loss_{name}", 0.0) + share * loss.item()
     if c.adversarial_cap and run.discriminator:
-        limit = c.adversarial_cap * sum(gradients[name] for name in run.rewards).norm()
-        pull = gradients["adversarial"]
-        pull *= (limit / pull.norm().clamp(min=1e-20)).clamp(max=1)
-    log |= {f"latents_gradient_norm_{name}": g.norm().item() for name, g in gradients.items()}
+        reward_gradient = sum(gradients[name] for name in run.rewards)
+        limit = c.adversarial_cap * reward_gradient.norm()
+        norm = gradients["adversarial"].norm().clamp(min=1e-20)
+        gradients["adversarial"] *= (limit / norm).clamp(max=1)
+    for name, gradient in gradients.items():
+        log[f"latents_gradient_norm_{name}"] = gradient.norm().item()
     return torch.cat(images) if images else None, gradients, log
 
 
@@ -237,15 +241,15 @@ def attention_losses(run, maps, entities, found):
         weight = weight_of(run.config, name)
         if not weight:
             continue
-        values = [
-            formula(own_maps, [entity.tokens for entity in own], own_masks)
-            for own_maps, own, own_masks in zip(by_prompt, entities, found, strict=True)
-            if own
-        ]
-        loss = sum(values) / len(by_prompt)
+        loss = 0.0
+        for own_maps, own, own_masks in zip(by_prompt, entities, found, strict=True):
+            if own:
+                tokens = [entity.tokens for entity in own]
+                loss = loss + formula(own_maps, tokens, own_masks) / len(by_prompt)
         log[f"loss_{name}"] = loss.item()
         total = total + weight * loss
-    activation = attention.entity_activation(attention.token_activation(maps), entities)
+    activations = attention.token_activation(maps)
+    activation = attention.entity_activation(activations, entities)
     log["entity_activation_percent"] = 100 * activation.nanmean().item()
     return total, log
 
@@ -288,7 +292,8 @@ def average_and_clip(run):
 def learning_rate(c, step):
     """Linear warm-up, then a line from c.lr to c.lr_end * c.lr."""
     rise = min(1.0, (step + 1) / (c.warmup + 1))
-    return c.lr * rise * (1 + (c.lr_end - 1) * min(1.0, step / c.steps))
+    fall = 1 + (c.lr_end - 1) * min(1.0, step / c.steps)
+    return c.lr * rise * fall
 
 
 def mean_of(logs):
@@ -421,36 +426,38 @@ def train(run):
     second one stops at once."""
     c, first = run.config, run.rank == 0
     log, stop_signal = utils.Log(run), utils.StopSignal()
-    bar = tqdm(range(run.step, c.steps), c.out.name, c.steps, initial=run.step, disable=not first)
-    for _ in bar:
-        start, run.seconds = time.perf_counter(), {}
+    bar = tqdm(desc=c.out.name, total=c.steps, initial=run.step, disable=not first)
+    while run.step < c.steps:
+        start = time.perf_counter()
+        run.seconds = {}
         numbers, troubles = train_step(run)
         numbers |= {f"seconds_{phase}": seconds for phase, seconds in run.seconds.items()}
         numbers["seconds"] = time.perf_counter() - start
         numbers["peak_memory_gib"] = utils.peak_memory(run.pipe.unet.device)
         log.write(run.step, numbers, troubles)
-        shown = {k[5:]: f"{v:.3g}" for k, v in numbers.items() if k.startswith("loss_")}
-        bar.set_postfix(shown)
+        losses_only = {k: v for k, v in numbers.items() if k.startswith("loss_")}
+        bar.set_postfix(losses_only)
         handle_troubles(run, troubles, skipped="skipped" in numbers)
         run.step += 1
+        bar.update()
         if first and c.sample_every and run.step % c.sample_every == 0:
             draw_samples(run, log)
-        stopping = any(utils.gather([stop_signal.seen], run.world_size)) and run.step < c.steps
+        stopping = any(utils.gather([stop_signal.seen], run.world_size))
         if run.step % c.checkpoint_every == 0 or run.step == c.steps or stopping:
             utils.check_agreement(run)
             if first:
                 utils.save_checkpoint(run)
         if stopping:
-            if first:
-                bar.write(f"stopped after step {run.step}; --resume goes on", file=sys.stderr)
-            return
+            break
+    bar.close()
     stop_signal.forget()
 
 
 def handle_troubles(run, troubles, skipped):
     """Says which prompts made trouble; ends the run if too many steps in a row were skipped."""
     run.skipped = run.skipped + 1 if skipped else 0
-    listed = "; ".join(f"{trouble.prompt[:80]!r}: {trouble.reason}" for trouble in troubles)
+    lines = [f"{trouble.prompt[:80]!r}: {trouble.reason}" for trouble in troubles]
+    listed = "; ".join(lines)
     if run.rank == 0 and (troubles or skipped):
         what = " skipped" if skipped else ""
         tqdm.write(f"step {run.step}{what}: {listed or 'not finite'}", file=sys.stderr)
@@ -495,10 +502,9 @@ def announce(run):
     c, unet, each = run.config, run.pipe.unet, run.prompts_per_step()
     count = sum(p.numel() for p in run.parameters) / 1e6
     print(f"{c.model}: {unet.dtype} on {unet.device}, LoRA of {count:.2f} M parameters")
-    print(
-        f"{c.steps} steps of {c.batch} x {c.accumulate} x {run.world_size} = {each} prompts, "
-        f"{c.steps * each / len(run.prompts):.1f} epochs of {len(run.prompts)}"
-    )
+    epochs = c.steps * each / len(run.prompts)
+    product = f"{c.batch} x {c.accumulate} x {run.world_size} = {each} prompts"
+    print(f"{c.steps} steps of {product}, {epochs:.1f} epochs of {len(run.prompts)}")
     print(f"losses: {', '.join(run.terms)}; gradient through {c.grad_steps} of {c.num_steps} steps")
 
 
@@ -512,8 +518,9 @@ def main(c):
     with utils.one_line_errors("train.py", MEMORY_HINT, STOP_HINT, faults=(OSError,)):
         train(run)
         utils.leave(run.world_size)
-    if run.rank == 0 and run.step == c.steps:
-        print(f"done; python evaluate.py {c.out} scores it")
+    if run.rank == 0:
+        stopped = f"stopped after step {run.step}; --resume goes on"
+        print(f"python evaluate.py {c.out} scores it" if run.step == c.steps else stopped)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ that of one big graph."""
 import copy
 import weakref
 
+import diffusers
 import pytest
 import torch
 from conftest import (
@@ -14,13 +15,6 @@ from conftest import (
     tiny_discriminator,
     tiny_pipeline,
     tiny_sd15,
-)
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    StableDiffusionPipeline,
 )
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -79,14 +73,17 @@ def test_coefficients_equal_the_schedulers_own_step(kind, prediction, spacing):
 @pytest.mark.parametrize(
     ("scheduler", "word"),
     [
-        (DDPMScheduler(clip_sample=True), "clip_sample"),
-        (DDIMScheduler(clip_sample=True), "clip_sample"),
-        (DDPMScheduler(clip_sample=False, thresholding=True), "thresholding"),
-        (DDPMScheduler(clip_sample=False, prediction_type="sample"), "prediction_type"),
-        (DDPMScheduler(clip_sample=False, variance_type="learned_range"), "variance_type"),
-        (DDPMScheduler(clip_sample=False, num_train_timesteps=9), "--num-steps"),
-        (DPMSolverMultistepScheduler(), "DPMSolver"),
-        (EulerAncestralDiscreteScheduler(), "EulerAncestral"),
+        (diffusers.DDPMScheduler(clip_sample=True), "clip_sample"),
+        (diffusers.DDIMScheduler(clip_sample=True), "clip_sample"),
+        (diffusers.DDPMScheduler(clip_sample=False, thresholding=True), "thresholding"),
+        (diffusers.DDPMScheduler(clip_sample=False, prediction_type="sample"), "prediction_type"),
+        (
+            diffusers.DDPMScheduler(clip_sample=False, variance_type="learned_range"),
+            "variance_type",
+        ),
+        (diffusers.DDPMScheduler(clip_sample=False, num_train_timesteps=9), "--num-steps"),
+        (diffusers.DPMSolverMultistepScheduler(), "DPMSolver"),
+        (diffusers.EulerAncestralDiscreteScheduler(), "EulerAncestral"),
     ],
 )
 def test_samplers_that_are_not_linear_are_refused(scheduler, word):
@@ -339,7 +336,9 @@ def test_sd15_samples_and_replays_and_its_stock_pipeline_loads_the_lora(tmp_path
 
     randomise(parameters, scale=0.1)
     models.save_adapter(pipe, tmp_path / "lora", diffusion.ADAPTER)
-    stock = StableDiffusionPipeline.from_pretrained(tmp_path / "sd", scheduler=pipe.scheduler)
+    stock = diffusers.StableDiffusionPipeline.from_pretrained(
+        tmp_path / "sd", scheduler=pipe.scheduler
+    )
     size = {"height": 16, "width": 16, "num_inference_steps": 4, "guidance_scale": 5.0}
 
     def draw():

@@ -22,7 +22,7 @@ class Bench(Config):
     random_weights: bool = False
     """Random weights of the true sizes: SDXL or SD1.5, BLIP, GroundingDINO and SAM."""
     repeat: int = 1
-    """Steps to time; the fastest is shown. With --compile give 2: the first compiles."""
+    """Steps to time; the fastest is shown."""
     profile: bool = False
     """Show the operators that take most of a step, by torch's profiler."""
     json: str = ""
@@ -66,10 +66,11 @@ def random_models(c):
     if c.model not in SIZES["unet"]:
         raise ValueError(f"--random-weights: for the presets sdxl and sd15, not for {c.model}")
     device, dtype = utils.choose_device(c), getattr(torch, c.dtype)
+    scheduler = diffusion.SCHEDULERS[c.scheduler].from_config(SIZES["scheduler"])
     dino_config = transformers.GroundingDinoConfig(**SIZES["dino"])
     with device:
         torch.set_default_dtype(dtype)  # so large a UNet is never made in float32
-        pipe = random_pipeline(c)
+        pipe = random_pipeline(c.model, scheduler)
         blip = transformers.BlipForConditionalGeneration(transformers.BlipConfig(**SIZES["blip"]))
         torch.set_default_dtype(torch.float32)
         dino = transformers.GroundingDinoForObjectDetection(dino_config)
@@ -80,16 +81,16 @@ def random_models(c):
     return pipe, judges, GroundedSAM(dino, tokenizer, sam, *lowest, dtype).to(device)
 
 
-def random_pipeline(c):
+def random_pipeline(model, scheduler):
     first, second = (transformers.CLIPTextConfig(**SIZES[name]) for name in ("clip-l", "clip-g"))
     parts = {
-        "unet": diffusers.UNet2DConditionModel(**SIZES["unet"][c.model]),
+        "unet": diffusers.UNet2DConditionModel(**SIZES["unet"][model]),
         "vae": diffusers.AutoencoderKL(**SIZES["vae"]),
         "text_encoder": transformers.CLIPTextModel(first),
         "tokenizer": load_tokenizer(),
-        "scheduler": diffusion.SCHEDULERS[c.scheduler].from_config(SIZES["scheduler"]),
+        "scheduler": scheduler,
     }
-    if c.model == SDXL:
+    if model == SDXL:
         parts["text_encoder_2"] = transformers.CLIPTextModelWithProjection(second)
         parts["tokenizer_2"] = parts["tokenizer"]
         return models.freeze(diffusers.StableDiffusionXLPipeline(**parts))

@@ -54,15 +54,15 @@ def capture(unet, blocks):
 
 
 def attention_maps(captured, batch, aspect=1.0):
-    """Per layer the attention probabilities (batch, heads, h, w, tokens), fp32, of the last `batch`
+    """{layer name: attention probabilities (batch, heads, h, w, tokens)}, fp32, of the last `batch`
     samples of the pass (with guidance: the prompts, not the null prompt), normalised over all text
     tokens. aspect: the image's width / height."""
-    maps = []
-    for layer in captured.values():
+    maps = {}
+    for name, layer in captured.items():
         query, key = (split_heads(layer[x][-batch:], layer["heads"]) for x in ("query", "key"))
         probabilities = (query @ key.transpose(-1, -2) * layer["scale"]).softmax(-1)
         height = round((query.shape[2] / aspect) ** 0.5)
-        maps.append(probabilities.unflatten(2, (height, -1)))
+        maps[name] = probabilities.unflatten(2, (height, -1))
     return maps
 
 
@@ -74,7 +74,8 @@ def split_heads(x, heads):
 @torch.no_grad()
 def token_activation(maps):
     """Mean cross-attention per token over space, heads and layers: (B, tokens), of sum 1."""
-    return torch.stack([m.mean((1, 2, 3)) for m in maps]).mean(0)
+    layers = [layer.mean((1, 2, 3)) for layer in maps.values()]
+    return torch.stack(layers).mean(0)
 
 
 def entity_activation(activations, entities):

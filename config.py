@@ -79,6 +79,12 @@ class Config:
     """blip: over a caption's tokens, sum (paper) or mean (official)."""
     label_smoothing: float = 0.0
     """blip: 0.1 is what transformers 4 silently gave the official code."""
+    clip: str = "openai/clip-vit-large-patch14"
+    """clip: a CLIPModel with its processor, a hub id or a folder."""
+    pickscore: str = "yuvalkirstain/PickScore_v1"
+    """pickscore: likewise."""
+    hpsv2: str = "adams-story/HPSv2-hf"
+    """hpsv2: likewise; the default is HPSv2 converted to transformers' CLIPModel."""
 
     # Attribute concentration (section 3.3); a weight of 0 switches a loss off -----------------
     token_weight: float = 1e-3
@@ -247,16 +253,16 @@ def check(config):
                 raise ValueError(f"--{flag} {getattr(c, name)}: must be at least {least}")
     if c.label_smoothing > 1:
         raise ValueError(f"--label-smoothing {c.label_smoothing}: must be at most 1")
-    attention = c.token_weight or c.pixel_weight
-    if attention and not c.attention_blocks:
-        raise ValueError("--attention-blocks: name one, or give --token-weight 0 --pixel-weight 0")
+    weights = {name: value for name, value in vars(c).items() if name.endswith("_weight")}
+    if any(weights.values()) and not c.attention_blocks:
+        raise ValueError("--attention-blocks: name at least one")
     unit = 64 if c.resolution > 64 else 16  # the shapes world is smaller than a real image
     if c.resolution < 16 or c.resolution % unit:
         raise ValueError(f"--resolution {c.resolution}: must be a multiple of {unit}")
     if c.grad_steps > c.num_steps:
         raise ValueError(f"--grad-steps {c.grad_steps}: cannot exceed --num-steps {c.num_steps}")
     rewards = reward_weights(c)
-    if not (rewards or attention or c.adversarial_weight):
+    if not rewards and not any(weights.values()):
         raise ValueError("all loss weights are 0: there is nothing to learn; set --rewards blip=1")
     if c.adversarial_cap and not rewards:
         raise ValueError("--adversarial-cap: relative to the rewards' gradient, needs --rewards")

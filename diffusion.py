@@ -266,7 +266,7 @@ def sample(pipe, plan, text, noise, generators, guidance_scale, keep=()):
 @dataclass
 class AttentionLoss:
     """A loss on some of the trained steps, `loss(maps) -> (loss, note)`. maps: the prompts'
-    cross-attention in the named blocks, per layer (B, heads, h, w, tokens); note: anything."""
+    cross-attention in the named blocks, {layer: (B, heads, h, w, tokens)}; note: anything."""
 
     steps: list
     blocks: tuple

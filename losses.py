@@ -1,9 +1,11 @@
 """CoMat's formulas (arXiv 2404.03653): token and pixel attention losses, adversarial losses.
 
 The caption likelihood is a reward (rewards.py). All are computed in fp32. The attention losses take
-the maps of one image, one (heads, h, w, text tokens) per layer; per entity the token indices of its
-noun and attributes; and their masks (entities, H, W) of any resolution.
+the maps of one image, {layer name: (heads, h, w, text tokens)}; per entity the token indices of its
+noun and attributes; and the entities' masks (entities, H, W) of any resolution.
 """
+
+from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ def token_loss_paper(attention, tokens, masks):
     """Maps averaged over heads; per entity the sum over its tokens of the share of attention that
     falls outside its mask; mean over entities, then over layers."""
     layers = []
-    for maps in attention:
+    for maps in attention.values():
         average = maps.float().mean(0, keepdim=True)
         shares = shares_outside(average, tokens, masks)
         per_entity = torch.stack([share.sum() for share in shares])
@@ -28,7 +30,7 @@ def token_loss_official(attention, tokens, masks):
     """The share inside averaged over heads; the share outside squared; mean over an entity's tokens
     and over entities; sum over layers."""
     layers = []
-    for maps in attention:
+    for maps in attention.values():
         shares = shares_outside(maps.float(), tokens, masks)
         per_entity = torch.stack([share.square().mean() for share in shares])
         layers.append(per_entity.mean())
@@ -49,27 +51,35 @@ def shares_outside(maps, tokens, masks):
 
 def pixel_loss_paper(attention, tokens, masks):
     """Binary cross-entropy of an entity's summed attention against its mask, mean over pixels and
-    entities, then over resolutions. An absent entity has an empty mask and counts."""
-    return torch.stack(entropies(attention, tokens, masks)).mean()
+    entities; maps of one resolution are averaged first, and the mean is over resolutions. An absent
+    entity has an empty mask and counts."""
+    groups = average_by(attention, lambda name, maps: maps.shape[1:3])
+    terms = [cross_entropy(maps, tokens, masks) for maps in groups]
+    return torch.stack(terms).mean()
 
 
 def pixel_loss_official(attention, tokens, masks):
-    """The same, summed over resolutions."""
-    return torch.stack(entropies(attention, tokens, masks)).sum()
+    """The same, with a group per resolution and place (mid, up), summed over groups."""
+    groups = average_by(attention, lambda name, maps: (name.split("_")[0], maps.shape[1:3]))
+    terms = [cross_entropy(maps, tokens, masks) for maps in groups]
+    return torch.stack(terms).sum()
 
 
-def entropies(attention, tokens, masks):
-    """Per resolution the cross-entropy of its maps, averaged over heads and layers."""
-    terms = []
-    for size in dict.fromkeys(maps.shape[1:3] for maps in attention):
-        same_size = [m.float().mean(0) for m in attention if m.shape[1:3] == size]
-        average = torch.stack(same_size).mean(0)  # (h, w, text tokens)
-        summed = [average[..., list(indices)].sum(-1) for indices in tokens]
-        p = torch.stack(summed).clamp(1e-6, 1 - 1e-6)
-        mask = resize_masks(masks, size)
-        log_likelihood = torch.where(mask > 0, p.log(), (1 - p).log())
-        terms.append(-log_likelihood.mean())
-    return terms
+def average_by(attention, key):
+    """Maps averaged over heads and over the layers of one key: a list of (h, w, text tokens)."""
+    groups = defaultdict(list)
+    for name, maps in attention.items():
+        average = maps.float().mean(0)
+        groups[key(name, maps)].append(average)
+    return [torch.stack(group).mean(0) for group in groups.values()]
+
+
+def cross_entropy(maps, tokens, masks):
+    summed = [maps[..., list(indices)].sum(-1) for indices in tokens]
+    p = torch.stack(summed).clamp(1e-6, 1 - 1e-6)
+    mask = resize_masks(masks, p.shape[1:])
+    log_likelihood = torch.where(mask > 0, p.log(), (1 - p).log())
+    return -log_likelihood.mean()
 
 
 def resize_masks(masks, size):

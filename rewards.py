@@ -1,19 +1,31 @@
 """Rewards: what judges an image against its prompt, `reward(images, prompts) -> (B,)`,
-differentiable, larger is better. The first is the paper's: a captioner's likelihood of the prompt
-(section 3.2).
+differentiable, larger is better. `--rewards blip=1 pickscore=0.5` names those that a run uses:
 
-`--rewards blip=1` names those that a run uses. docs/extend.md shows how to add one.
+    blip         log p(prompt | image) of a captioner, the paper's (section 3.2)
+    clip         cosine of CLIP's embeddings of image and prompt (Radford et al. 2021)
+    pickscore    PickScore's, times its logit scale (Kirstain et al. 2023, arXiv 2305.01569)
+    hpsv2        HPSv2's cosine; its tables show it times 100 (Wu et al. 2023, arXiv 2306.09341)
+
+The models' flags are --captioner, --clip, --pickscore, --hpsv2. docs/extend.md adds a reward.
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from transformers import BlipForConditionalGeneration
+import torchvision.transforms.functional as TF
+from transformers import BlipForConditionalGeneration, CLIPModel, CLIPProcessor
 
 from config import reward_weights
-from models import load_blip_model
+from models import check_tokenizer, load_blip_model, load_whole, naming
 
+BICUBIC = TF.InterpolationMode.BICUBIC
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+PROCESSORS = {  # model -> processor, as its card says; for all others, the model's own
+    "yuvalkirstain/PickScore_v1": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    "adams-story/HPSv2-hf": "openai/clip-vit-base-patch32",
+}
 
 
 class Blip:
@@ -66,11 +78,9 @@ class Blip:
     def pixels(self, images):
         """Images in [0, 1] -> what BLIP's vision model takes: bicubic to its size, CLIP's mean and
         deviation, its dtype."""
-        size = (self.model.config.vision_config.image_size,) * 2
-        if images.shape[-2:] != size:
-            images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
-        mean, std = images.new_tensor(CLIP_MEAN), images.new_tensor(CLIP_STD)
-        return ((images - mean[:, None, None]) / std[:, None, None]).to(self.model.dtype)
+        size = [self.model.config.vision_config.image_size] * 2
+        images = TF.resize(images, size, BICUBIC, antialias=True)
+        return TF.normalize(images, CLIP_MEAN, CLIP_STD).to(self.model.dtype)
 
 
 def load_blip(config, device):
@@ -79,7 +89,56 @@ def load_blip(config, device):
     return Blip(*loaded, config.caption_prefix, config.caption_reduction, config.label_smoothing)
 
 
-REWARDS = {"blip": load_blip}  # name -> loader(config, device) -> reward(images, prompts) -> (B,)
+class Clip:
+    """Cosine of a frozen CLIPModel's embeddings of image and prompt, times `scale`, in fp32.
+
+    As transformers' CLIPProcessor and CLIPModel, less the rounding to 8 bits (no gradient)."""
+
+    def __init__(self, model, processor, scale=1.0):
+        self.model, self.tokenizer, self.scale = model, processor.tokenizer, scale
+        self.mean = processor.image_processor.image_mean
+        self.std = processor.image_processor.image_std
+
+    def __call__(self, images, prompts):
+        """Images (B, 3, H, W) in [0, 1] and B prompts -> (B,)."""
+        text = self.tokenizer(
+            list(prompts),
+            padding=True,
+            truncation=True,
+            max_length=self.model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(images.device)
+        output = self.model(**text, pixel_values=self.pixels(images))
+        image, prompt = output.image_embeds.float(), output.text_embeds.float()
+        return self.scale * F.cosine_similarity(image, prompt)
+
+    def pixels(self, images):
+        """Images in [0, 1] -> what the vision model takes: the short side bicubic to its size, the
+        centre, the processor's mean and deviation, the model's dtype."""
+        size = self.model.config.vision_config.image_size
+        images = TF.resize(images, size, BICUBIC, antialias=True).clamp(0, 1)
+        images = TF.center_crop(images, size)
+        return TF.normalize(images, self.mean, self.std).to(self.model.dtype)
+
+
+def load_clip(name, config, device, scaled=False):
+    """The Clip of --name. scaled: times the model's logit scale."""
+    source = getattr(config, name)
+    with naming(name, source):
+        model = load_whole(CLIPModel, source, tolerated=0, dtype=torch.float32)
+        processor = CLIPProcessor.from_pretrained(PROCESSORS.get(source, source))
+        check_tokenizer(processor.tokenizer, model.config.text_config.vocab_size)
+    scale = model.logit_scale.exp().item() if scaled else 1.0  # bf16 would make 98.9 of 100
+    model = model.to(device, getattr(torch, config.dtype))
+    return Clip(model.requires_grad_(False).eval(), processor, scale)
+
+
+REWARDS = {  # name -> loader(config, device) -> reward(images, prompts) -> (B,)
+    "blip": load_blip,
+    "clip": partial(load_clip, "clip"),
+    "pickscore": partial(load_clip, "pickscore", scaled=True),
+    "hpsv2": partial(load_clip, "hpsv2"),
+}
 
 
 def load_rewards(config, device):

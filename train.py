@@ -219,33 +219,37 @@ def attention_loss_of(run, images, prompts, steps):
     """(AttentionLoss against the masks of the prompts' entities, numbers to log)."""
     tokenizer = run.pipe.tokenizer
     entities = [find_entities(prompt, run.parser, tokenizer) for prompt in prompts]
-    nouns = [[entity.noun for entity in own] for own in entities]
-    found = run.segmenter.masks(images, nouns)
     repeated = [repeated_nouns(prompt, run.parser, tokenizer) for prompt in prompts]
     counts = {"entities": sum(map(len, entities)), "repeated_nouns": sum(map(len, repeated))}
+    nouns = []
+    for of_prompt in entities:
+        nouns.append([entity.noun for entity in of_prompt])
+    entity_masks = run.segmenter.masks(images, nouns)
 
     def loss(maps):
-        return attention_losses(run, maps, entities, found)
+        return attention_losses(run, maps, entities, entity_masks)
 
     return diffusion.AttentionLoss(steps, run.config.attention_blocks, loss), counts
 
 
-def attention_losses(run, maps, entities, found):
-    """The weighted sum of the attention losses, mean over prompts, and numbers to log. maps: a list
-    of (B, heads, h, w, tokens); entities, found: per prompt its entities and their masks."""
+def attention_losses(run, maps, entities, entity_masks):
+    """The weighted sum of the attention losses, mean over prompts, and numbers to log. maps: {layer
+    name: (B, heads, h, w, tokens)}; entities, entity_masks: a list per prompt."""
     if not any(entities):
         return 0.0, {}
-    by_prompt = list(zip(*(m.unbind() for m in maps)))  # m[b] would cost B x B, backwards
+    by_prompt = zip(*(layer.unbind() for layer in maps.values()))  # layer[b] is slow backwards
+    samples = list(zip(by_prompt, entities, entity_masks, strict=True))
     total, log = 0.0, {}
     for name, formula in losses.ATTENTION_LOSSES[run.config.attention_reduction].items():
         weight = weight_of(run.config, name)
         if not weight:
             continue
         loss = 0.0
-        for own_maps, own, own_masks in zip(by_prompt, entities, found, strict=True):
-            if own:
-                tokens = [entity.tokens for entity in own]
-                loss = loss + formula(own_maps, tokens, own_masks) / len(by_prompt)
+        for layers, of_prompt, masks_of_prompt in samples:
+            if of_prompt:
+                tokens = [entity.tokens for entity in of_prompt]
+                own_maps = dict(zip(maps, layers))
+                loss = loss + formula(own_maps, tokens, masks_of_prompt) / len(samples)
         log[f"loss_{name}"] = loss.item()
         total = total + weight * loss
     activations = attention.token_activation(maps)
@@ -426,30 +430,29 @@ def train(run):
     second one stops at once."""
     c, first = run.config, run.rank == 0
     log, stop_signal = utils.Log(run), utils.StopSignal()
-    bar = tqdm(desc=c.out.name, total=c.steps, initial=run.step, disable=not first)
-    while run.step < c.steps:
-        start = time.perf_counter()
-        run.seconds = {}
-        numbers, troubles = train_step(run)
-        numbers |= {f"seconds_{phase}": seconds for phase, seconds in run.seconds.items()}
-        numbers["seconds"] = time.perf_counter() - start
-        numbers["peak_memory_gib"] = utils.peak_memory(run.pipe.unet.device)
-        log.write(run.step, numbers, troubles)
-        losses_only = {k: v for k, v in numbers.items() if k.startswith("loss_")}
-        bar.set_postfix(losses_only)
-        handle_troubles(run, troubles, skipped="skipped" in numbers)
-        run.step += 1
-        bar.update()
-        if first and c.sample_every and run.step % c.sample_every == 0:
-            draw_samples(run, log)
-        stopping = any(utils.gather([stop_signal.seen], run.world_size))
-        if run.step % c.checkpoint_every == 0 or run.step == c.steps or stopping:
-            utils.check_agreement(run)
-            if first:
-                utils.save_checkpoint(run)
-        if stopping:
-            break
-    bar.close()
+    with tqdm(desc=c.out.name, total=c.steps, initial=run.step, disable=not first) as bar:
+        while run.step < c.steps:
+            start = time.perf_counter()
+            run.seconds = {}
+            numbers, troubles = train_step(run)
+            numbers |= {f"seconds_{phase}": seconds for phase, seconds in run.seconds.items()}
+            numbers["seconds"] = time.perf_counter() - start
+            numbers["peak_memory_gib"] = utils.peak_memory(run.pipe.unet.device)
+            log.write(run.step, numbers, troubles)
+            losses_only = {k: v for k, v in numbers.items() if k.startswith("loss_")}
+            bar.set_postfix(losses_only)
+            handle_troubles(run, troubles, skipped="skipped" in numbers)
+            run.step += 1
+            bar.update()
+            if first and c.sample_every and run.step % c.sample_every == 0:
+                draw_samples(run, log)
+            stopping = any(utils.gather([stop_signal.seen], run.world_size))
+            if run.step % c.checkpoint_every == 0 or run.step == c.steps or stopping:
+                utils.check_agreement(run)
+                if first:
+                    utils.save_checkpoint(run)
+            if stopping:
+                break
     stop_signal.forget()
 
 

@@ -83,7 +83,7 @@ def one_line_errors(script, memory=MEMORY_HINT, stopped=STOP_HINT, faults=(Value
         give_up(f"{script}: out of the GPU's memory: {memory}")
     except KeyboardInterrupt:
         give_up(f"{script}: {stopped}")
-    except (*faults, Lost) as error:
+    except faults as error:
         give_up(f"{script}: {first_line(error)}")
 
 
@@ -102,19 +102,16 @@ def give_up(message):
 # Ranks
 
 
-class Lost(Exception):
-    """Another rank has gone or does not answer."""
-
-
 def together(collective, *arguments):
-    """Calls what all ranks do together. Raises Lost if one of them is gone."""
+    """Calls what all ranks do together. Raises ConnectionError if one of them is gone."""
     try:
         collective(*arguments)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         reason = first_line(error)[-200:]
-        raise Lost(f"another rank has gone or does not answer ({reason})") from error
+        lost = f"another rank has gone or does not answer ({reason})"
+        raise ConnectionError(lost) from error
 
 
 def join(device, minutes=30.0):

@@ -3,7 +3,7 @@
     python shapes/ablation.py    # four recipes, three seeds each: two hours on two cores
 
 Each run is train.py and evaluate.py in OUT/<recipe>-<seed>; what is finished is not run again, what
-was cut off goes on. Writes OUT/ablation.json, OUT/ablation.png and prints the table."""
+was cut off goes on. Prints the table; OUT/ablation.json and OUT/ablation.png have the same."""
 
 import json
 import sys
@@ -25,90 +25,100 @@ class Options:
     """One run of each recipe per seed."""
     steps: int = PRESETS["shapes"][1].steps
     """Optimiser steps of each run."""
-    eval_count: int = PRESETS["shapes"][1].eval_count
-    """Held-out prompts."""
 
 
 if __name__ == "__main__":
     options = tyro.cli(Options, description=__doc__)
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 import utils
 from tools import figures
 
-NO_AC = ["--token-weight", "0", "--pixel-weight", "0"]  # attribute concentration
-NO_FP = ["--adversarial-weight", "0", "--adversarial-cap", "0"]  # fidelity preservation
+NO_AC = ["--token-weight=0", "--pixel-weight=0"]  # attribute concentration
+NO_FP = ["--adversarial-weight=0", "--adversarial-cap=0"]  # fidelity preservation
 RECIPES = {"CM": NO_AC + NO_FP, "CM+AC": NO_FP, "CM+FP": NO_AC, "CM+AC+FP": []}
 
 
 def finish(options, recipe, seed):
     """Trains and scores a run unless that is done. Returns its folder."""
     folder = options.out.resolve() / f"{recipe}-{seed}"
-    train = ["train.py", "shapes", "--out", folder, "--seed", str(seed), *RECIPES[recipe]]
-    train += ["--steps", str(options.steps), "--eval-count", str(options.eval_count), "--resume"]
-    for command in [] if (folder / "results.json").exists() else [train, ["evaluate.py", folder]]:
-        run([sys.executable, *command], cwd=ROOT, check=True)
-    if len((folder / "log.jsonl").read_text().splitlines()) != options.steps:
-        raise ValueError(f"{folder}: not {options.steps} steps; delete it or choose another --out")
+    scored = (folder / "results.json").exists()
+    if not scored:
+        train = ["train.py", "shapes", "--resume", f"--out={folder}", *RECIPES[recipe]]
+        train += [f"--seed={seed}", f"--steps={options.steps}"]
+        run([sys.executable, *train], cwd=ROOT, check=True)
+    last = f"checkpoints/step-{options.steps:06d}"
+    if utils.newest_checkpoint(folder) != folder / last:
+        mend = "start again to go on, or choose another --out"
+        raise ValueError(f"{folder}: not trained for {options.steps} steps; {mend}")
+    if not scored:
+        run([sys.executable, "evaluate.py", str(folder)], cwd=ROOT, check=True)
     return folder
 
 
-def read(folder, model):
-    """{score: (images,)} of a run's "base" or "tuned"; a score of all images is repeated."""
-    lines = (folder / "scores.jsonl").read_text().replace("null", "NaN").splitlines()
-    rows = [row for row in map(json.loads, lines) if row["model"] == model]
-    scores = json.loads((folder / "results.json").read_text())[model]
-    return {score: [row.get(score, mean) for row in rows] for score, mean in scores.items()}
+def read(folder):
+    """{score: (2, images)} of a run, base and tuned, NaN where an image has none. A score of all
+    images together is repeated."""
+    results = json.loads((folder / "results.json").read_text())
+    rows = []
+    for line in (folder / "scores.jsonl").read_text().splitlines():  # base and tuned take turns
+        row = json.loads(line)
+        rows.append(results[row["model"]] | row)
+    scores = {}
+    for score in results["base"]:
+        values = np.array([row[score] for row in rows], np.float32)  # None becomes NaN
+        scores[score] = torch.from_numpy(values).view(-1, 2).T
+    return scores
 
 
-def compare(base, tuned, resamples=10_000):
-    """[mean of base, of tuned, 95 % interval of their difference] of scores (seeds, images)."""
-    generator, (seeds, images) = torch.Generator().manual_seed(0), base.shape
-    column = torch.randint(images, (resamples, 1, images), generator=generator)
-    row = torch.randint(seeds, (resamples, seeds, 1), generator=generator)  # the same for both
-    differences = tuned[row, column].nanmean((1, 2)) - base[row, column].nanmean((1, 2))
-    interval = differences.nanquantile(torch.tensor([0.025, 0.975])).tolist()
-    return [base.nanmean().item(), tuned.nanmean().item(), interval]
+def compare(scores):
+    """[mean of base, of tuned, 95 % interval of their difference] of scores (2, seeds, images),
+    from 10,000 resamples of seeds and of images, the same for both."""
+    _, seeds, images = scores.shape
+    generator = torch.Generator().manual_seed(0)
+    column = torch.randint(images, (10_000, 1, images), generator=generator)
+    row = torch.randint(seeds, (10_000, seeds, 1), generator=generator)
+    base, tuned = scores[:, row, column].nanmean((2, 3))
+    interval = (tuned - base).nanquantile(torch.tensor([0.025, 0.975]))
+    return [*scores.nanmean((1, 2)).tolist(), interval.tolist()]
 
 
-def markdown(table):
-    """A row a score, a column a recipe: its mean, the difference to the base, the interval."""
-    lines = ["| | base | " + " | ".join(RECIPES) + " |", "|---" * (len(RECIPES) + 2) + "|"]
+def show(table):
+    """A line for each score and recipe: base -> tuned, 95 % interval of the difference."""
+    line = "{:27}{:10}{:8.3f} -> {:8.3f}  [{:+.3f}, {:+.3f}]"
     for score, cells in table.items():
-        lines.append(f"| {score.replace('_', ' ')} | {cells['CM'][0]:.3f} |")
-        for base, tuned, (low, high) in cells.values():
-            lines[-1] += f" {tuned:.3f}, {tuned - base:+.3f} [{low:.3f}, {high:.3f}] |"
-    return "\n".join(lines)
+        for recipe, (base, tuned, interval) in cells.items():
+            print(line.format(score, recipe, base, tuned, *interval))
 
 
 def chart(table):
     """Differences to the base: a panel a score, a point and its interval a recipe."""
-    figure = Figure(figsize=(9, 4.4), dpi=figures.DPI, layout="constrained")
-    for axes, (score, cells) in zip(figure.subplots(2, 4, sharey=True).flat, table.items()):
+    figure = Figure((9, 4.4), dpi=figures.DPI, layout="constrained")
+    panels = figure.subplots(2, 4, sharey=True)
+    for axes, score in zip(panels.flat, table):
         figures.plain(axes, "x")
         axes.axvline(0, color=figures.FAINT, linewidth=1)
-        for recipe, (base, tuned, (low, high)) in cells.items():
-            axes.plot(
-                [low, tuned - base, high], [recipe] * 3, "o-", color=figures.INK, markevery=[1]
-            )
-        axes.set_title(f"{score.replace('_', ' ')}\nminus base", fontsize=9, color=figures.INK)
+        for recipe, (base, tuned, interval) in table[score].items():
+            axes.plot(interval, [recipe, recipe], color=figures.INK)
+            axes.plot(tuned - base, recipe, "o", color=figures.INK)
+        title = score.replace("_", " ")
+        axes.set_title(f"{title}\nminus base", fontsize=9)
     return figure
 
 
 def main(options):
     table = {}
     for recipe in RECIPES:
-        folders = [finish(options, recipe, seed) for seed in options.seeds]
-        base = [read(folder, "base") for folder in folders]
-        tuned = [read(folder, "tuned") for folder in folders]
-        for score in base[0]:
-            sides = [torch.tensor([one[score] for one in runs]) for runs in (base, tuned)]
-            table.setdefault(score, {})[recipe] = compare(*sides)
+        runs = [read(finish(options, recipe, seed)) for seed in options.seeds]
+        for score in runs[0]:
+            scores = torch.stack([one[score] for one in runs], dim=1)
+            table.setdefault(score, {})[recipe] = compare(scores)
     utils.write(options.out / "ablation.json", json.dumps(table, indent=2) + "\n")
     chart(table).savefig(options.out / "ablation.png")
-    print(markdown(table))
+    show(table)
 
 
 if __name__ == "__main__":

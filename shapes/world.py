@@ -4,6 +4,7 @@ It stands where the real world stands for SDXL: `pretrain.py` trains tiny models
 on it, and the oracle says exactly what an image shows. Images are (3, SIZE, SIZE) in [0, 1].
 """
 
+import functools
 import hashlib
 import itertools
 import re
@@ -28,6 +29,8 @@ COLOURS = {  # eight corners of a cube around the grey background: all equally f
     "white": (0.9, 0.9, 0.9),
 }
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
+LABELS = {shape: label for label, shape in enumerate(SHAPES, start=1)}  # 0 is the background
+OBJECT = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
 
 # --------------------------------------------------------------------------------------------------
 # Grammar
@@ -40,29 +43,32 @@ def prompt_of(objects):
 
 def objects_of(prompt):
     """The (colour, shape) pairs that a prompt asks for, in its order."""
-    return re.findall(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b", prompt.lower())
+    return OBJECT.findall(prompt.lower())
 
 
 def is_held_out(objects):
     """Whether this set of objects is kept for evaluation, as two in seven are, by their hash."""
     names = " ".join(sorted(" ".join(pair) for pair in objects))
-    return len(objects) > 1 and hashlib.sha256(names.encode()).digest()[0] % 7 < 2
+    digest = hashlib.sha256(names.encode()).digest()
+    return len(objects) > 1 and digest[0] % 7 < 2
 
 
 def all_prompts(held_out):
     """Every prompt of two objects, colours and shapes distinct, on one side of the split."""
     prompts = []
-    for pairs in itertools.permutations(itertools.product(COLOURS, SHAPES), 2):
-        distinct = all(first != second for first, second in zip(*pairs))
-        if distinct and is_held_out(pairs) == held_out:
-            prompts.append(prompt_of(pairs))
+    for objects in itertools.permutations(itertools.product(COLOURS, SHAPES), 2):
+        words = set(itertools.chain(*objects))
+        if len(words) == 4 and is_held_out(objects) == held_out:
+            prompts.append(prompt_of(objects))
     return prompts
 
 
 def random_objects(rng, count):
     """`count` (colour, shape) pairs of the training side, colours and shapes distinct."""
     while True:
-        objects = tuple(zip(rng.sample(list(COLOURS), count), rng.sample(SHAPES, count)))
+        colours = rng.sample(list(COLOURS), count)
+        shapes = rng.sample(SHAPES, count)
+        objects = tuple(zip(colours, shapes))
         if not is_held_out(objects):
             return objects
 
@@ -81,12 +87,21 @@ class Thing:
     y: float
     radius: float
     colour: str = ""
-    other: str = ""  # the colour that is mixed in, if any
+    mixed_in: str = ""  # another's colour, else its own
+    purity: float = 1.0  # what mixing has left of its own colour
     visible: float = 1.0  # what fading has left of it
-    own: float = 1.0  # what mixing has left of its own colour
 
     def mix(self, rgb, amount):
-        self.rgb = tuple(a + amount * (b - a) for a, b in zip(self.rgb, rgb))
+        pairs = zip(self.rgb, rgb)
+        self.rgb = tuple(a + amount * (b - a) for a, b in pairs)
+
+    def fade(self, amount):
+        self.mix(GREY, amount)
+        self.visible *= 1 - amount
+
+    def touches(self, other):
+        gap = max(abs(self.x - other.x), abs(self.y - other.y))
+        return gap <= self.radius + other.radius + 1
 
 
 def place(rng, objects):
@@ -95,11 +110,11 @@ def place(rng, objects):
         things = []
         for colour, shape in objects:
             radius = rng.uniform(4.5, 6.2)
-            x = rng.uniform(radius + 0.5, SIZE - radius - 0.5)
-            y = rng.uniform(radius + 0.5, SIZE - radius - 0.5)
-            clear = [max(abs(x - t.x), abs(y - t.y)) > radius + t.radius + 1 for t in things]
-            if all(clear):
-                things.append(Thing(shape, COLOURS[colour], x, y, radius, colour, colour))
+            low, high = radius + 0.5, SIZE - radius - 0.5
+            x, y = rng.uniform(low, high), rng.uniform(low, high)
+            thing = Thing(shape, COLOURS[colour], x, y, radius, colour, mixed_in=colour)
+            if not any(thing.touches(other) for other in things):
+                things.append(thing)
         if len(things) == len(objects):
             return things
 
@@ -112,7 +127,8 @@ def distance(shape, x, y, r):
     if shape == "square":
         return torch.maximum(ax, ay) - 0.88 * r
     if shape == "triangle":
-        return torch.maximum(y - 0.75 * r, (1.75 * ax - y - r) / 2.0156)
+        side = (1.75 * ax - y - r) / 2.0156
+        return torch.maximum(side, y - 0.75 * r)
     if shape == "cross":
         lying = torch.maximum(ax - r, ay - 0.33 * r)
         standing = torch.maximum(ay - r, ax - 0.33 * r)
@@ -122,52 +138,55 @@ def distance(shape, x, y, r):
 
 def coverage(thing, size=SIZE):
     """How much of each pixel a thing covers: (size, size), 0 to 1."""
-    y, x = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
-    return (0.5 - distance(thing.shape, x - thing.x, y - thing.y, thing.radius)).clamp(0, 1)
+    centres = torch.arange(size) + 0.5
+    x, y = centres - thing.x, centres[:, None] - thing.y
+    inside = 0.5 - distance(thing.shape, x, y, thing.radius)
+    return inside.clamp(0, 1)
 
 
 def render(things):
     """(3, SIZE, SIZE) image of things on the grey background."""
-    image = torch.tensor(GREY)[:, None, None].repeat(1, SIZE, SIZE)
+    image = torch.tensor(GREY).view(3, 1, 1).repeat(1, SIZE, SIZE)
     for thing in things:
-        image = torch.lerp(image, torch.tensor(thing.rgb)[:, None, None], coverage(thing))
+        colour = torch.tensor(thing.rgb).view(3, 1, 1)
+        image = torch.lerp(image, colour, coverage(thing))
     return image
 
 
 # --------------------------------------------------------------------------------------------------
-# Oracle
+# Readers: the oracle, and the segmenter in the place of Grounded-SAM
 
 
 def normalise(mask):
-    """A boolean mask, cropped to its bounding box and resized to 16 x 16."""
-    ys, xs = mask.nonzero(as_tuple=True)
-    crop = mask[None, None, ys.min() : ys.max() + 1, xs.min() : xs.max() + 1].float()
-    return F.interpolate(crop, (16, 16), mode="bilinear", align_corners=False)[0, 0] > 0.5
+    """A connected boolean mask, cropped to its bounding box and resized to 16 x 16."""
+    crop = mask[mask.any(1)][:, mask.any(0)].float()
+    return F.interpolate(crop[None, None], (16, 16), mode="bilinear")[0, 0] > 0.5
 
 
 LARGE = [Thing(shape, GREY, x=32, y=32, radius=24) for shape in SHAPES]
 TEMPLATES = torch.stack([normalise(coverage(thing, size=64) > 0.5) for thing in LARGE])
 
 
-def shape_of(mask, min_iou=0.6):
-    """The shape whose template overlaps the mask best, None if its IoU is below `min_iou`."""
+def shape_of(mask):
+    """The shape whose template overlaps the mask best, None if their IoU is below 0.6."""
     crop = normalise(mask)
-    iou = (crop & TEMPLATES).sum((1, 2)) / (crop | TEMPLATES).sum((1, 2))
-    return SHAPES[iou.argmax()] if iou.max() >= min_iou else None
+    overlap = (crop & TEMPLATES).sum((1, 2))
+    iou = overlap / (crop | TEMPLATES).sum((1, 2))
+    return SHAPES[iou.argmax()] if iou.max() >= 0.6 else None
 
 
-def read(image, min_area=14):
+def read(image):
     """The objects in an image: [(colour, shape)], shape None for a blob that is no known shape.
-
-    Pixels take the nearest colour; every connected component of `min_area` pixels is an object."""
-    anchors = torch.tensor([GREY, *COLOURS.values()])
-    nearest = (image.permute(1, 2, 0)[:, :, None] - anchors).square().sum(-1).argmin(-1)
+    Pixels take the nearest colour; every connected component of 14 pixels or more is an object."""
+    palette = torch.tensor([GREY, *COLOURS.values()])
+    differences = image - palette[:, :, None, None]
+    nearest = differences.square().sum(1).argmin(0)
     objects = []
     for index, colour in enumerate(COLOURS, start=1):
         labels, count = ndimage.label((nearest == index).numpy())
         for label in range(1, count + 1):
             component = torch.from_numpy(labels == label)
-            if component.sum() >= min_area:
+            if component.sum() >= 14:
                 objects.append((colour, shape_of(component)))
     return objects
 
@@ -194,51 +213,44 @@ def score(image, prompt):
     }
 
 
-# --------------------------------------------------------------------------------------------------
-# Segmenter
-
-
 class Segmenter(nn.Module):
-    """A small convolutional net in the place of Grounded-SAM: images and nouns in, masks out."""
+    """A small convolutional net: images and nouns in, masks out."""
 
-    def __init__(self, width=32):
+    def __init__(self):
         super().__init__()
-
-        def layer(inputs, outputs, **options):
-            return nn.Conv2d(inputs, outputs, 3, **options), nn.GroupNorm(4, outputs), nn.SiLU()
-
+        conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
         self.down = nn.Sequential(
-            nn.Conv2d(3, width, 3, padding=1),
+            conv(3, 32),
             nn.SiLU(),
-            *layer(width, width, padding=1, stride=2),
-            *layer(width, 2 * width, padding=1, stride=2),
-            *layer(2 * width, 2 * width, padding=2, dilation=2),
-            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+            conv(32, 32, stride=2),
+            nn.GroupNorm(4, 32),
+            nn.SiLU(),
+            conv(32, 64, stride=2),
+            nn.GroupNorm(4, 64),
+            nn.SiLU(),
+            conv(64, 64, padding=2, dilation=2),
+            nn.GroupNorm(4, 64),
+            nn.SiLU(),
+            conv(64, 64),
             nn.SiLU(),
         )
-        self.up = nn.Sequential(
-            nn.Conv2d(2 * width + 3, width, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(width, 1 + len(SHAPES), 3, padding=1),
-        )
+        self.up = nn.Sequential(conv(67, 32), nn.SiLU(), conv(32, 6))
 
     def forward(self, images):
         """(B, 3, H, W) in [0, 1] -> logits (B, 1 + shapes, H, W), background first."""
-        size = images.shape[-2:]
-        coarse = F.interpolate(self.down(images), size, mode="bilinear", align_corners=False)
+        coarse = F.interpolate(self.down(images), images.shape[-2:], mode="bilinear")
         return self.up(torch.cat([coarse, images], 1))
 
     @torch.no_grad()
     def masks(self, images, nouns):
-        """Images (B, 3, H, W) in [0, 1], nouns per image -> list of masks (nouns, H, W), 0 or 1.
-
-        The mask of a noun that is not in the image, or not of this world, is empty."""
+        """Images (B, 3, H, W) in [0, 1], nouns per image -> list of masks (nouns, H, W), 0 or 1,
+        empty for a noun that is not in the image, or not of this world."""
         labels = self(images.float()).argmax(1)
         masks = []
         for label, names in zip(labels, nouns):
-            wanted = [1 + SHAPES.index(noun) if noun in SHAPES else -1 for noun in names]
-            wanted = torch.tensor(wanted, device=label.device)
-            masks.append((label == wanted[:, None, None]).float())
+            wanted = [LABELS.get(noun, -1) for noun in names]
+            wanted = torch.tensor(wanted, device=label.device).view(-1, 1, 1)
+            masks.append((label == wanted).float())
         return masks
 
     @classmethod

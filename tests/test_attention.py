@@ -30,7 +30,7 @@ def guided_pass(pipe, text, z):
 def captured_maps(pipe, text, z, blocks=BLOCKS):
     with attention.capture(pipe.unet, blocks) as captured:
         guided_pass(pipe, text, z)
-    return attention.attention_maps(captured, len(z), aspect=0.5)
+    return list(attention.attention_maps(captured, len(z), aspect=0.5).values())
 
 
 def weight(linear):
@@ -114,7 +114,8 @@ def test_the_gradient_flows_through_the_maps_into_the_adapter(world):
     pipe, text, z = world
     with attention.capture(pipe.unet, BLOCKS) as captured:
         diffusion.predict(pipe, torch.cat([z, z]), 500, text.both())
-    attention.attention_maps(captured, 2, aspect=0.5)[-1][..., 3].sum().backward()
+    *_, last = attention.attention_maps(captured, 2, aspect=0.5).values()
+    last[..., 3].sum().backward()
     gradients = {n: p.grad for n, p in pipe.unet.named_parameters() if p.grad is not None}
     pipe.unet.zero_grad()
     assert all(f".{diffusion.ADAPTER}." in name for name in gradients)
@@ -122,7 +123,7 @@ def test_the_gradient_flows_through_the_maps_into_the_adapter(world):
 
 
 def test_activations(world):
-    activations = attention.token_activation(captured_maps(*world))
+    activations = attention.token_activation(dict(enumerate(captured_maps(*world))))
     assert activations.shape == (2, 77)
     torch.testing.assert_close(activations.sum(-1), torch.ones(2))
     two = [Entity("circle", ("red",), (2, 3), (3,)), Entity("ring", (), (7,), (7,))]

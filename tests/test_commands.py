@@ -113,7 +113,7 @@ MISTAKES = {  # flags of train.py shapes: what the line must name
     "--segmenter /nowhere/seg": "--segmenter /nowhere/seg: cannot be loaded",
     "--parser nowhere": "nowhere",
     "--attention-blocks up_blocks.9": "--attention-blocks",
-    "--attention-blocks": "--attention-blocks: name one",
+    "--attention-blocks": "--attention-blocks: name",
     "--rewards beauty=1": "--rewards beauty: unknown, there are blip",
     "--rewards blip": "--rewards blip: give name=weight, as in blip=1",
     "--rewards blip=much": "--rewards blip=much: give name=weight",

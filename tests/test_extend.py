@@ -41,7 +41,8 @@ def test_another_reward(tmp_path, monkeypatch):
 
 def spread_loss(attention, tokens, masks):
     """How much the tokens of different entities attend to the same places."""
-    average = attention[0].mean(0)
+    *_, finest = attention.values()
+    average = finest.mean(0)  # over heads
     first, last = (average[..., list(indices)].sum(-1) for indices in (tokens[0], tokens[-1]))
     return (first * last).mean()
 

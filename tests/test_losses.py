@@ -20,7 +20,7 @@ def test_attention_losses_equal_golden_values():
     for case in json.loads(str(data["meta"])):
         prefix = f"case{case['case']}"
         names = [name for name in sorted(data) if name.startswith(f"{prefix}_attention")]
-        maps = [torch.tensor(data[name]) for name in names]
+        maps = {name: torch.tensor(data[name]) for name in names}  # all of one place
         masks = torch.tensor(data[f"{prefix}_masks"])
         for reduction, formulas in losses.ATTENTION_LOSSES.items():
             for name, formula in formulas.items():
@@ -34,7 +34,8 @@ LITTLE = torch.tensor([[[[0.8, 0.2], [0.4, 0.6]]]])
 LEFT = torch.tensor([[[1.0, 0.0]]])
 
 
-def is_value(formula, maps, tokens, masks, expected):
+def is_value(formula, layers, tokens, masks, expected):
+    maps = {f"up_blocks.{k}": layer for k, layer in enumerate(layers)}
     return formula(maps, tokens, masks).item() == pytest.approx(expected)
 
 
@@ -75,10 +76,23 @@ def test_pixel_loss_by_hand():
     assert is_value(official, [LITTLE, tall], [(0,)], upper, flat + one)
 
 
+def test_the_official_pixel_loss_has_a_group_per_place_and_resolution():
+    one = -(math.log(0.8) + math.log(1 - 0.4)) / 2
+    other = 0.5 * LITTLE  # its own group in another block, averaged with the first in its own
+    halved = -(math.log(0.4) + math.log(1 - 0.2)) / 2
+    mean = -(math.log(0.6) + math.log(1 - 0.3)) / 2
+    apart = {"mid_block.attn2": LITTLE, "up_blocks.0.attn2": other}
+    together = {"up_blocks.0.attn2": LITTLE, "up_blocks.1.attn2": other}
+    arguments = [(0,)], LEFT
+    assert losses.pixel_loss_official(apart, *arguments).item() == pytest.approx(one + halved)
+    assert losses.pixel_loss_official(together, *arguments).item() == pytest.approx(mean)
+    assert losses.pixel_loss_paper(apart, *arguments).item() == pytest.approx(mean)
+
+
 def test_pixel_loss_is_finite_at_the_edges():
     """The tokens of an entity may sum to 1 and to 0 exactly."""
     sure = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]], requires_grad=True)
-    loss = losses.pixel_loss_paper([sure], [(0,)], 1 - LEFT)
+    loss = losses.pixel_loss_paper({"mid": sure}, [(0,)], 1 - LEFT)
     loss.backward()
     assert 10 < loss.item() < 20 and sure.grad.isfinite().all()
 
@@ -88,7 +102,7 @@ def test_gradients_pull_attention_into_the_mask(formula):
     maps = torch.full((2, 4, 4, 5), 0.2, requires_grad=True)
     mask = torch.zeros(1, 16, 16)
     mask[:, :8] = 1
-    formula([maps], [(1, 2)], mask).backward()
+    formula({"mid": maps}, [(1, 2)], mask).backward()
     inside, outside = maps.grad[:, :2], maps.grad[:, 2:]
     assert (inside[..., 1:3] < 0).all() and (outside[..., 1:3] > 0).all()
     assert maps.grad[..., [0, 3, 4]].abs().max() == 0

@@ -125,7 +125,9 @@ class World:
         total, tokens = 0, [[2, 3], [6]]
         for formula in losses.ATTENTION_LOSSES["paper"].values():
             for b in range(2):
-                total = total + formula([m[b] for m in maps], tokens, self.masks[b])
+                total = total + formula(
+                    {name: layer[b] for name, layer in maps.items()}, tokens, self.masks[b]
+                )
         return total / 2**8, total.item()
 
     def gradients(self):
@@ -318,8 +320,8 @@ def test_sd15_samples_and_replays_and_its_stock_pipeline_loads_the_lora(tmp_path
     maps_seen = []
 
     def attention_loss(maps):
-        maps_seen.extend(maps)
-        return sum(m[..., 1].mean() for m in maps), None
+        maps_seen.extend(maps.values())
+        return sum(layer[..., 1].mean() for layer in maps.values()), None
 
     def sample(prompts, keep=()):
         text, generators = diffusion.encode(pipe, prompts), seeded(len(prompts))

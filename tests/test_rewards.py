@@ -1,11 +1,19 @@
-"""BLIP's likelihood of a caption, against sums token by token, and what --rewards refuses."""
+"""BLIP's likelihood of a caption, against sums token by token; the rewards of CLIP's kind, against
+transformers' own path; and what --rewards refuses."""
+
+import json
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import small_config, tiny_blip
+from torchvision.transforms.functional import to_pil_image
 
 import rewards
+import train
+from shapes import pretrain
 
 CAPTIONS = [
     "a red circle and a blue square",
@@ -87,13 +95,175 @@ def test_the_presets_captioner_is_loaded_as_the_flags_say(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rewards": ("clip=1",)}, "--rewards clip: unknown, there are blip"),
-        ({"rewards": ("blip",)}, "--rewards.*name=weight.*'blip'"),
-        ({"rewards": ("blip=much",)}, "--rewards.*name=weight.*'blip'"),
-        ({"rewards": ("blip=inf",)}, "--rewards.*name=weight.*'blip'"),
-        ({"captioner": "./nowhere"}, "--captioner ./nowhere: no model there"),
+        (
+            {"rewards": ("mine=1",)},
+            "--rewards mine: unknown, there are blip, clip, pickscore, hpsv2",
+        ),
+        ({"rewards": ("blip",)}, "--rewards blip: give name=weight"),
+        ({"rewards": ("blip=1=2",)}, "--rewards blip=1=2: give name=weight"),
+        ({"rewards": ("blip=1", "clip=much")}, "--rewards blip=1 clip=much: give name=weight"),
+        ({"captioner": "./nowhere"}, "--captioner ./nowhere: cannot be loaded"),
+        ({"rewards": ("hpsv2=1",), "hpsv2": "./nowhere"}, "--hpsv2 ./nowhere: cannot be loaded"),
     ],
 )
 def test_a_reward_that_cannot_be_is_refused_by_its_flag(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         rewards.load_rewards(small_config(tmp_path, **changes), torch.device("cpu"))
+
+
+# --------------------------------------------------------------------------------------------------
+# clip, pickscore, hpsv2
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)  # not CLIP's: they must be read from the processor
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """An untrained CLIPModel and its processor, as save_pretrained writes them."""
+    folder, tokenizer = tmp_path_factory.mktemp("clip"), pretrain.build_tokenizer()
+    size = {"hidden_size": 32, "intermediate_size": 64}
+    size |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = transformers.CLIPConfig(
+        text_config=size | ends | {"vocab_size": len(tokenizer)},
+        vision_config=size | {"image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
+    torch.manual_seed(0)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    pictures = transformers.CLIPImageProcessor(image_mean=MEAN, image_std=STD, **sizes)
+    transformers.CLIPProcessor(pictures, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def load(tmp_path, name, source, **changes):
+    changes |= {"rewards": (f"{name}=1",), name: str(source)}
+    return rewards.load_rewards(small_config(tmp_path, **changes), torch.device("cpu"))[name]
+
+
+def own_path(folder, images, prompts, **options):
+    """(cosines, logits, pixels) of images in a form that CLIPProcessor takes."""
+    processor = transformers.CLIPProcessor.from_pretrained(folder)
+    options |= {"padding": True, "truncation": True, "max_length": 77, "return_tensors": "pt"}
+    inputs = processor(text=prompts, images=images, **options)
+    with torch.no_grad():
+        output = transformers.CLIPModel.from_pretrained(folder)(**inputs)
+    cosines = (output.image_embeds * output.text_embeds).sum(-1)
+    return cosines, output.logits_per_image.diagonal(), inputs.pixel_values
+
+
+def smooth(*size):
+    """Three smooth images in [0, 1] whose pixels are whole 8-bit levels."""
+    coarse = 0.1 + 0.8 * torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    return (255 * F.interpolate(coarse, size, mode="bilinear")).round() / 255
+
+
+def pictures_of(images):
+    return [to_pil_image((255 * image).round().byte()) for image in images]
+
+
+@pytest.mark.parametrize(("name", "scaled"), [("clip", 0), ("pickscore", 1), ("hpsv2", 0)])
+def test_the_value_is_transformers_own(tmp_path, clip_folder, name, scaled):
+    reward, images = load(tmp_path, name, clip_folder), smooth(32, 32)
+    expected = own_path(clip_folder, pictures_of(images), CAPTIONS)[scaled]
+    torch.testing.assert_close(reward(images, CAPTIONS), expected, rtol=1e-5, atol=1e-5)
+    for wrong in (2 * images - 1, 255 * images, images.flip(0)):  # range, range, pairing
+        assert (reward(wrong, CAPTIONS) - expected).abs().max() > 1e-2
+    assert not reward.model.training
+
+
+@pytest.mark.parametrize("size", [(96, 128), (128, 96), (20, 24)])
+def test_images_are_resized_and_cropped_as_by_the_processor(tmp_path, clip_folder, size):
+    """With float images to 1e-5; with pictures, which it rounds to 8 bits twice, to two levels."""
+    reward, images = load(tmp_path, "clip", clip_folder), smooth(*size)
+    expected, _, pixels = own_path(clip_folder, list(images), CAPTIONS, do_rescale=False)
+    torch.testing.assert_close(reward(images, CAPTIONS), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(reward.pixels(images), pixels, rtol=0, atol=1e-5)
+    _, _, rounded = own_path(clip_folder, pictures_of(images), CAPTIONS)
+    levels = 255 * (reward.pixels(images) - rounded) * torch.tensor(STD)[:, None, None]
+    assert 0 < levels.abs().max() < 2
+
+
+def test_bicubic_leaves_the_image_in_its_range(tmp_path, clip_folder):
+    sharp = (torch.arange(96) // 12 % 2).float().expand(1, 3, 96, 96)
+    pixels = load(tmp_path, "clip", clip_folder).pixels(sharp)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    assert (pixels * std + mean - 0.5).abs().max() <= 0.5 + 1e-6
+
+
+def test_a_long_prompt_is_cut_to_77_tokens(tmp_path, clip_folder, images):
+    prompts = ["a red circle and " * 30, CAPTIONS[0], CAPTIONS[1]]
+    expected = own_path(clip_folder, pictures_of(smooth(32, 32)), prompts)[0]
+    values = load(tmp_path, "clip", clip_folder)(smooth(32, 32), prompts)
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["clip", "pickscore", "hpsv2"])
+def test_the_gradient_of_a_cosine_reaches_the_image_and_not_the_model(tmp_path, clip_folder, name):
+    reward, images = load(tmp_path, name, clip_folder), smooth(48, 48).requires_grad_()
+    before = reward(images, CAPTIONS)
+    before[0].backward()
+    assert images.grad.isfinite().all()
+    assert images.grad[0].abs().max() > 0 and images.grad[1:].abs().max() == 0
+    assert all(p.grad is None for p in reward.model.parameters())
+    change = 1e-3 * before[0].item()
+    step = change * images.grad / images.grad.square().sum()
+    after = reward(images + step, CAPTIONS)
+    assert (after - before)[0].item() == pytest.approx(change, rel=0.05)
+
+
+def test_bfloat16_rounds_the_model_and_not_the_scale(tmp_path, clip_folder):
+    images = smooth(32, 32)
+    exact, half = (
+        load(tmp_path, "pickscore", clip_folder, dtype=dtype) for dtype in ("float32", "bfloat16")
+    )
+    assert half.model.dtype == torch.bfloat16 and half.scale == exact.scale
+    values = half(images, CAPTIONS)
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values, exact(images, CAPTIONS), rtol=0, atol=0.02 * exact.scale)
+
+
+def test_two_rewards_train_together(tmp_path, clip_folder):
+    judges = {"rewards": ("blip=1", "clip=0.5"), "clip": str(clip_folder)}
+    c = small_config(tmp_path, steps=2, **judges)
+    train.main(c)
+    rows = [json.loads(line) for line in (c.out / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1]
+    for row in rows:
+        assert -1 < row["loss_clip"] < 1 and row["latents_gradient_norm_clip"] > 0
+        assert row["loss_blip"] > 0 and row["latents_gradient_norm_blip"] > 0
+        assert row["gradient_norm"] > 0 and "troubles" not in row
+
+
+def without_projection(folder):
+    model = transformers.CLIPModel.from_pretrained(folder)
+    state = {k: v for k, v in model.state_dict().items() if k != "visual_projection.weight"}
+    model.save_pretrained(folder, state_dict=state)
+
+
+def without_processor(folder):
+    (folder / "processor_config.json").unlink()
+
+
+def without_tokenizer(folder):
+    for path in folder.glob("*token*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_projection, "not a CLIPModel: 1 of [0-9]+ weights are missing"),
+        (without_processor, "image processor"),
+        (without_tokenizer, "tokenizer"),
+    ],
+)
+def test_a_damaged_folder_is_refused_by_its_flag(tmp_path, clip_folder, damage, message):
+    folder = shutil.copytree(clip_folder, tmp_path / "damaged")
+    load(tmp_path, "pickscore", folder)
+    damage(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        load(tmp_path, "pickscore", folder)
+    assert str(error.value).startswith(f"--pickscore {folder}: cannot be loaded (")
+    assert "\n" not in str(error.value)

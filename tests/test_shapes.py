@@ -168,8 +168,8 @@ def test_a_viewer_names_what_is_left_of_a_thing():
         for seed in range(200):
             rng = random.Random(seed)
             first, second = world.place(rng, world.objects_of(PROMPT))
-            pretrain.fade(first, amount)
-            second.own, second.other = 1 - amount, "red"
+            first.fade(amount)
+            second.purity, second.mixed_in = 1 - amount, "red"
             prompt = pretrain.perceive(rng, [first, second])
             seen["faded"] += "circle" in prompt
             seen["mixed"] += "blue square" in prompt
@@ -182,7 +182,7 @@ def test_scenes_are_corrupted_as_often_as_asked():
     scenes = pretrain.random_scenes(random.Random(0), 400, share=0.6)
     drawn = [[thing.rgb != world.COLOURS[thing.colour] for thing in scene] for scene in scenes]
     assert max(map(sum, drawn)) == 1 and 200 < sum(map(sum, drawn)) < 280
-    left = [thing.visible * thing.own for scene in scenes for thing in scene]
+    left = [thing.visible * thing.purity for scene in scenes for thing in scene]
     assert 0 <= min(left) and sum(value < 1 for value in left) == sum(map(sum, drawn))
 
 
@@ -203,15 +203,14 @@ def test_fit_ends_with_the_average_of_the_weights():
     assert 0 < last[0.9] < last[0.0]
 
 
-def test_a_stage_leaves_what_the_world_loads(tmp_path, monkeypatch):
-    few = world.render([])[None].repeat(2, 1, 1, 1), [PROMPT] * 2
-    monkeypatch.setattr(pretrain, "held_out", lambda seed: few)
+def test_a_stage_leaves_what_the_world_loads(tmp_path):
     pretrain.main(pretrain.Config(out=tmp_path, steps_scale=0, only=("vae", "segmenter")))
     saved = load_file(tmp_path / "segmenter/model.safetensors")
     loaded = world.Segmenter.load(tmp_path / "segmenter").state_dict()
     assert all(torch.equal(saved[name], loaded[name]) for name in loaded)
-    scores = json.loads((tmp_path / "scores.json").read_text())
-    assert list(scores) == ["vae", "segmenter"] and 0 <= scores["segmenter"]["foreground_iou"] <= 1
+    vae, images = pretrain.load_vae(pretrain.Config(out=tmp_path)), torch.rand(2, 3, 32, 32)
+    decoded = pretrain.reconstruct(vae, images)
+    assert decoded.shape == images.shape and not decoded.requires_grad
 
 
 def test_a_stage_without_its_vae_is_refused(tmp_path):
@@ -233,7 +232,7 @@ def test_recipes_switch_off_what_their_names_leave_out():
         assert (c.adversarial_weight > 0) == ("FP" in name)
 
 
-def finished(folder, gain, seed=0, steps=20):
+def finished(folder, gain, seed=0):
     """A run whose tuned scores are the base's plus `gain`, with noise; one has none."""
     generator = torch.Generator().manual_seed(seed)
     lines = []
@@ -246,20 +245,22 @@ def finished(folder, gain, seed=0, steps=20):
     results = {"base": means, "tuned": {**means, "frechet_distance": 1 + gain}}
     utils.write(folder / "scores.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     utils.write(folder / "results.json", json.dumps(results))
-    utils.write(folder / "log.jsonl", "{}\n" * steps)
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What would have been started; a run's training ends with an error if its seed is 13."""
+    """What would have been started. Training stops early if the seed is 12, fails if it is 13."""
     started = []
 
     def run(command, **options):
         script, folder = Path(command[1]), Path(command[-1])
         if script.name == "train.py":
-            folder = Path(command[command.index("--out") + 1])
-            if folder.name.endswith("13"):
+            c = config.parse(command[2:])
+            folder = c.out
+            if c.seed == 13:
                 raise subprocess.CalledProcessError(1, command)
+            step = c.steps - (c.seed == 12)
+            (folder / f"checkpoints/step-{step:06d}").mkdir(parents=True)
         else:
             recipe, seed = folder.name.rsplit("-", 1)
             finished(folder, 0.1 * (1 + list(ablation.RECIPES).index(recipe)), int(seed))
@@ -282,14 +283,15 @@ def test_an_ablation_trains_scores_compares_and_runs_nothing_twice(tmp_path, cal
             assert 0.01 < high - low < 0.1
         assert table["frechet_distance"][recipe][2] == pytest.approx([0.1 * i] * 2, abs=1e-5)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| | base | CM | CM+AC | CM+FP | CM+AC+FP |"
-    assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
+    assert len(lines) == 3 * len(ablation.RECIPES) and len(set(map(len, lines))) == 1
+    assert lines[0].split()[:2] == ["fully_right", "CM"]
     assert (tmp_path / "ablation.png").stat().st_size > 10_000
 
     ablation.main(options)
     assert len(calls) == 16
-    with pytest.raises(ValueError, match="CM-0: not 60 steps; delete it or choose another --out"):
+    with pytest.raises(ValueError, match="CM-0: not trained for 60 steps; .* another --out"):
         ablation.main(replace(options, steps=60))
+    assert len(calls) == 16
 
 
 def test_a_failed_run_starts_no_other(tmp_path, calls):
@@ -298,9 +300,15 @@ def test_a_failed_run_starts_no_other(tmp_path, calls):
     assert calls == []
 
 
+def test_a_run_that_was_stopped_is_not_scored(tmp_path, calls):
+    with pytest.raises(ValueError, match="CM-12: not trained for 20 steps; start again to go on"):
+        ablation.main(ablation.Options(out=tmp_path, seeds=(12, 0), steps=20))
+    assert calls == [("train.py", "CM-12")]
+
+
 def test_seeds_that_differ_widen_the_interval():
     same = torch.zeros(3, 50)
     apart = torch.tensor([[-1.0], [0.0], [1.0]]).expand(3, 50)
-    assert ablation.compare(same, same) == [0, 0, [0, 0]]
-    low, high = ablation.compare(same, apart)[2]
+    assert ablation.compare(torch.stack([same, same])) == [0, 0, [0, 0]]
+    low, high = ablation.compare(torch.stack([same, apart]))[2]
     assert low < -0.5 and high > 0.5

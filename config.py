@@ -66,7 +66,7 @@ class Config:
     grad_steps: int = 5
     """K: steps of T that get a gradient, evenly spaced from a random start."""
     guidance_scale: float = 7.5
-    """w of classifier-free guidance."""
+    """w of classifier-free guidance; up to 1 there is none, as in diffusers."""
     through_inputs: bool = False
     """Gradient also through the UNet's input (official for SD1.5, not for SDXL)."""
 
@@ -75,10 +75,10 @@ class Config:
     """name=weight of each reward in rewards.py that judges the image; blip is the paper's."""
     caption_prefix: str = "a photography of"
     """blip: context before the prompt, not scored."""
-    caption_reduction: Literal["sum", "mean"] = "sum"
-    """blip: over a caption's tokens, sum (paper) or mean (official)."""
-    label_smoothing: float = 0.0
-    """blip: 0.1 is what transformers 4 silently gave the official code."""
+    caption_reduction: Literal["sum", "mean"] = "mean"
+    """blip: sum over a caption's tokens (paper), or mean over the batch's tokens (official)."""
+    label_smoothing: float = 0.1
+    """blip: what transformers 4 silently gave the official code; the paper has none."""
     clip: str = "openai/clip-vit-large-patch14"
     """clip: a CLIPModel with its processor, a hub id or a folder."""
     pickscore: str = "yuvalkirstain/PickScore_v1"
@@ -115,8 +115,8 @@ class Config:
     """LoRA rank (= alpha) on to_q, to_k, to_v, to_out.0, of both adapters."""
     lr: float = 2e-5
     """AdamW's learning rate for the LoRA."""
-    beta1: float = 0.0
-    """AdamW's momentum for the LoRA."""
+    beta1: float = 0.9
+    """AdamW's momentum for the LoRA; the discriminator has none."""
     warmup: int = 0
     """Steps of linear warm-up."""
     lr_end: float = 1.0
@@ -161,6 +161,7 @@ SD15 = replace(
     lr=5e-5,
     lr_discriminator=2e-5,
     adversarial_weight=1.0,
+    through_inputs=True,
     attention_blocks=("mid_block", "up_blocks.1", "up_blocks.2", "up_blocks.3"),
 )
 TOY = replace(
@@ -176,6 +177,8 @@ TOY = replace(
     num_steps=16,
     grad_steps=4,
     guidance_scale=2.0,
+    caption_reduction="sum",
+    label_smoothing=0.0,
     attention_blocks=("mid_block", "up_blocks.0"),
     attention_reduction="paper",
     token_weight=0.08,
@@ -187,7 +190,6 @@ TOY = replace(
     judge_batch=32,
     rank=16,
     lr=3e-3,
-    beta1=0.9,
     warmup=3,
     lr_end=0.1,
     clip_norm=1.0,
@@ -196,9 +198,9 @@ TOY = replace(
     checkpoint_every=20,
 )
 PRESETS = {
-    "sdxl": ("SDXL at 512 px, the paper's recipe (8 GPUs)", Config()),
-    "sd15": ("Stable Diffusion 1.5, the paper's recipe (8 GPUs)", SD15),
-    "shapes": ("the embedded world, on a laptop", TOY),
+    "sdxl": ("SDXL at 512 px, the published recipe (8 GPUs)", Config()),
+    "sd15": ("Stable Diffusion 1.5, the published recipe (8 GPUs)", SD15),
+    "shapes": ("the embedded world, on a laptop; a recipe of its own", TOY),
 }
 
 
@@ -259,6 +261,11 @@ def check(config):
     unit = 64 if c.resolution > 64 else 16  # the shapes world is smaller than a real image
     if c.resolution < 16 or c.resolution % unit:
         raise ValueError(f"--resolution {c.resolution}: must be a multiple of {unit}")
+    if c.adversarial_weight and c.num_steps == 1:
+        raise ValueError(
+            "--num-steps 1: the discriminator would judge pure noise; add steps, or "
+            "--adversarial-weight 0"
+        )
     if c.grad_steps > c.num_steps:
         raise ValueError(f"--grad-steps {c.grad_steps}: cannot exceed --num-steps {c.num_steps}")
     rewards = reward_weights(c)

@@ -148,7 +148,10 @@ def predict(pipe, z, timestep, embedding):
 
 
 def guided(pipe, step, z, text, guidance_scale):
-    """eps_u + w (eps_c - eps_u) at one Step, both in one forward pass (Ho & Salimans 2022)."""
+    """eps_u + w (eps_c - eps_u) at one Step, both in one forward pass (Ho & Salimans 2022). With
+    w <= 1 it is the prompt's output alone, as in diffusers."""
+    if guidance_scale <= 1:
+        return predict(pipe, z * step.scale, step.t, text.prompt)
     output = predict(pipe, torch.cat([z, z]) * step.scale, step.t, text.both())
     null, prompt = output.chunk(2)
     return null + guidance_scale * (prompt - null)

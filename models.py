@@ -86,9 +86,20 @@ def load(
         check_weights(pipe.unet)
         check_weights(pipe.vae)
         check_tokenizer(pipe.tokenizer, pipe.text_encoder.config.vocab_size)
+        check_convention(pipe)
     settings = {"clip_sample": False, **pipe.scheduler.config}  # DDPM would clip latents as pixels
     pipe.scheduler = diffusion.SCHEDULERS[scheduler].from_config(settings)
     return freeze(pipe).to(device)
+
+
+def check_convention(pipe):
+    """Refuses latents and noise of another convention, for they would be decoded or sampled wrongly
+    without a word."""
+    if pipe.vae.config.get("latents_mean") or pipe.vae.config.get("latents_std"):
+        raise ValueError("its VAE normalises latents by latents_mean and latents_std")
+    if "sigma_data" in pipe.scheduler.config:
+        name = type(pipe.scheduler).__name__
+        raise ValueError(f"its scheduler is a {name}, of EDM's convention; DDPM's is needed")
 
 
 def load_part(name, cls, source, dtype):

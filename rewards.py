@@ -32,7 +32,8 @@ class Blip:
     """log p(prompt | image) of a frozen BlipForConditionalGeneration, in nats.
 
     The prefix is context and is not scored; the end token is (it says that nothing follows).
-    reduction: "sum" over tokens (paper) or "mean" (official code)."""
+    reduction: "sum" over a caption's tokens (paper), or "mean" over the batch's tokens (official
+    code; then the mean over images is that mean)."""
 
     def __init__(
         self, model, tokenizer, prefix="a photography of", reduction="sum", label_smoothing=0.0
@@ -42,18 +43,21 @@ class Blip:
 
     def __call__(self, images, prompts):
         """Images (B, 3, H, W) in [0, 1] and B prompts -> (B,)."""
-        config = self.model.config.text_config
-        text = self.tokenizer(
-            [f"{self.prefix} {prompt}".strip() for prompt in prompts],
-            padding=True,
-            truncation=True,
-            max_length=config.max_position_embeddings,
-            return_tensors="pt",
-        ).to(images.device)
+        log_p, _, scored = self.token_log_likelihood(images, prompts)
+        total = (log_p * scored).sum(1)
+        return total if self.reduction == "sum" else total * len(total) / scored.sum()
+
+    def size(self, prompts):
+        """What the mean over some images of a batch weighs in the batch's mean."""
+        return len(prompts) if self.reduction == "sum" else self.tokenize(prompts)[1].sum().item()
+
+    def token_log_likelihood(self, images, prompts):
+        """log p of each token given the image and those before it (B, L), label smoothing included;
+        the tokens' ids (B, L); and which of them are scored (B, L), 1 or 0."""
+        text, scored = self.tokenize(prompts)
+        text, scored = text.to(images.device), scored.to(images.device)
         ids = text.input_ids.clone()
-        ids[:, 0] = config.bos_token_id  # BLIP was trained with [DEC] first, not [CLS]
-        scored = text.attention_mask[:, 1:].float()
-        scored[:, : len(self.tokenizer(self.prefix, add_special_tokens=False).input_ids)] = 0
+        ids[:, 0] = self.model.config.text_config.bos_token_id  # [DEC], as in training, not [CLS]
         logits = self.model.text_decoder(
             input_ids=ids,
             attention_mask=text.attention_mask,
@@ -65,8 +69,21 @@ class Blip:
             reduction="none",
             label_smoothing=self.label_smoothing,
         )
-        total = (nll * scored).sum(1)
-        return -total if self.reduction == "sum" else -total / scored.sum(1)
+        return -nll, ids[:, 1:], scored
+
+    def tokenize(self, prompts):
+        """(tokenized captions (B, 1 + L), which of the last L tokens are scored (B, L), 1 or 0)."""
+        text = self.tokenizer(
+            [f"{self.prefix} {prompt}".strip() for prompt in prompts],
+            padding=True,
+            truncation=True,
+            max_length=self.model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        )
+        scored = text.attention_mask[:, 1:].float()
+        context = len(self.tokenizer(self.prefix, add_special_tokens=False).input_ids)
+        scored[:, :context] = 0
+        return text, scored
 
     def vision(self, images):
         return self.model.vision_model(pixel_values=self.pixels(images))

@@ -30,8 +30,8 @@ class Options:
     """Seed of the first image; the next has the next."""
     num_steps: int = 0
     """Denoising steps; 0 takes the run's."""
-    guidance_scale: float = 0.0
-    """Of classifier-free guidance; 0 takes the run's."""
+    guidance_scale: float | None = None
+    """Of classifier-free guidance, none up to 1; without the flag the run's."""
     checkpoint: str = "latest"
     """Folder name below OUT/checkpoints."""
     lora: str = ""
@@ -70,7 +70,7 @@ def check(options):
     """The prompts asked for. Raises ValueError, one line, for values that cannot be."""
     if min(options.n, options.batch) < 1:
         raise ValueError("--n, --batch: must be at least 1")
-    if min(options.seed, options.num_steps, options.guidance_scale) < 0:
+    if min(options.seed, options.num_steps, options.guidance_scale or 0) < 0:
         raise ValueError("--seed, --num-steps, --guidance-scale: cannot be negative")
     if options.base_only + bool(options.lora) + (options.checkpoint != "latest") > 1:
         raise ValueError("--base-only, --lora and --checkpoint exclude each other: give one")
@@ -102,7 +102,7 @@ def main(options):
     prompts = check(options)
     source = options.checkpoint, options.num_steps, options.lora, options.base_only, options.device
     config, pipe, plan = models.open_run(options.out, *source)
-    if options.guidance_scale:
+    if options.guidance_scale is not None:
         config = replace(config, guidance_scale=options.guidance_scale)
     if options.attention:  # before any work: these may be missing
         parser = load_parser(config.parser)

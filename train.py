@@ -1,7 +1,7 @@
 """Fine-tunes a text-to-image model with CoMat (arXiv 2404.03653) on prompts alone.
 
     python train.py shapes                      the embedded world, minutes on a laptop's CPU
-    torchrun --nproc_per_node 8 train.py        SDXL, the paper's recipe, eight GPUs
+    torchrun --nproc_per_node 8 train.py        SDXL, the published recipe, eight GPUs
     torchrun --nproc_per_node 8 train.py sd15   Stable Diffusion 1.5
     python train.py shapes --out out/a --steps 40     every field of the configuration is a flag
 
@@ -170,8 +170,10 @@ def deal(run, part):
 
 def judge(run, z, prompts):
     """(images without gradient, {term: its weighted dL/dz_T (B, 4, h, w)}, numbers to log). Losses
-    are means over the batch; judge_batch images at a time share a graph."""
+    are means over the batch; judge_batch images at a time share a graph. The rewards see the image
+    cropped by up to resolution // 224 pixels (official code)."""
     c, log, images = run.config, {}, []
+    crop = random_crop(c, run.step)
     gradients = {name: torch.zeros_like(z) for name in run.terms}
     sharing = list(run.rewards)[:-1]  # the last reward frees the decoder's graph
     for start in range(0, len(z), c.judge_batch):
@@ -182,8 +184,9 @@ def judge(run, z, prompts):
             with torch.set_grad_enabled(bool(run.rewards)):
                 image = diffusion.decode(run.pipe, leaf)
             images.append(image.detach())
-        share = len(leaf) / len(z)
-        for name, (weight, loss_of) in run.terms.items():
+            image = image[..., crop, crop]
+        for name, (weight, loss_of, size) in run.terms.items():
+            share = size(prompts[part]) / size(prompts)
             loss = loss_of(leaf, image, prompts[part])
             (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=name in sharing)
             gradients[name][part] = share * weight * gradient
@@ -196,6 +199,13 @@ def judge(run, z, prompts):
     for name, gradient in gradients.items():
         log[f"latents_gradient_norm_{name}"] = gradient.norm().item()
     return torch.cat(images) if images else None, gradients, log
+
+
+def random_crop(c, step):
+    """The rows, and the columns, that the rewards see at a step."""
+    margin = c.resolution // 224
+    start = random.Random(utils.seed_of(c.seed, "crop", step)).randint(0, margin)
+    return slice(start, start + c.resolution - margin)
 
 
 def find_troubles(prompts, z, images, gradients):
@@ -322,7 +332,7 @@ class Run:
     parameters: list  # the LoRA's
     optimizer: torch.optim.Optimizer = None
     rewards: dict = field(default_factory=dict)  # {name: reward}
-    terms: dict = field(default_factory=dict)  # {name: (weight, loss)}
+    terms: dict = field(default_factory=dict)  # {name: (weight, loss, size)}
     parser: object = None
     segmenter: object = None
     discriminator: Discriminator | None = None
@@ -407,13 +417,16 @@ def make_optimizer(run):
 
 
 def make_terms(run):
-    """The losses on the sample, one per reward and the adversarial one: {name: (weight, loss)} with
-    loss(z, images, prompts) -> mean over the batch."""
+    """The losses on the sample, one per reward and the adversarial one: {name: (weight, loss,
+    size)} with loss(z, images, prompts) -> mean over images; size(prompts): what that mean weighs
+    in the mean over the batch, the number of images unless the reward says otherwise."""
     weights, terms = configuration.reward_weights(run.config), {}
     for name, reward in run.rewards.items():
-        terms[name] = weights[name], partial(minus_reward, reward)
+        size = getattr(reward, "size", len)
+        terms[name] = weights[name], partial(minus_reward, reward), size
     if run.discriminator:
-        terms["adversarial"] = run.config.adversarial_weight, run.discriminator.generator_loss
+        weight = run.config.adversarial_weight
+        terms["adversarial"] = weight, run.discriminator.generator_loss, len
     return terms
 
 

@@ -57,22 +57,31 @@ def test_every_field_is_a_flag_with_a_sentence(capsys):
         assert re.search(rf'    {field.name}: .*\n    """[A-Z0-9a-z]', source), field.name
 
 
-def test_presets_are_the_papers():
+def test_presets_are_the_published_recipe():
+    """docs/recipe.md has the source of each value."""
     sdxl, sd15, shapes = (configuration.parse([name]) for name in ("sdxl", "sd15", "shapes"))
     assert configuration.parse([]) == sdxl
     assert configuration.parse(["--steps", "5"]) == dataclasses.replace(sdxl, steps=5)
     both = dict(num_steps=50, grad_steps=5, guidance_scale=7.5, scheduler="ddpm", steps=2000)
-    both |= dict(rank=128, beta1=0.0, weight_decay=0.01, clip_norm=0.1, clip_norm_discriminator=1.0)
+    both |= dict(rank=128, beta1=0.9, weight_decay=0.01, clip_norm=0.1, clip_norm_discriminator=1.0)
     both |= dict(attention_reduction="official", attention_steps=2, rewards=("blip=1",))
-    both |= dict(token_weight=1e-3, pixel_weight=5e-5, caption_reduction="sum", label_smoothing=0.0)
-    own = dict(batch=6, lr=2e-5, lr_discriminator=5e-5, adversarial_weight=0.5)
+    both |= dict(
+        token_weight=1e-3, pixel_weight=5e-5, caption_reduction="mean", label_smoothing=0.1
+    )
+    both |= dict(adversarial_cap=0.0, warmup=0, lr_end=1.0, accumulate=1, resolution=512)
+    own = dict(
+        batch=6, lr=2e-5, lr_discriminator=5e-5, adversarial_weight=0.5, through_inputs=False
+    )
+    own |= dict(attention_blocks=("mid_block", "up_blocks.0", "up_blocks.1"))
     assert vars(sdxl).items() >= (both | own).items() and "stable-diffusion-xl" in sdxl.model
-    own = dict(batch=4, lr=5e-5, lr_discriminator=2e-5, adversarial_weight=1.0)
+    own = dict(batch=4, lr=5e-5, lr_discriminator=2e-5, adversarial_weight=1.0, through_inputs=True)
+    own |= dict(attention_blocks=("mid_block", "up_blocks.1", "up_blocks.2", "up_blocks.3"))
     assert vars(sd15).items() >= (both | own).items() and "stable-diffusion-v1-5" in sd15.model
     own = dict(num_steps=16, grad_steps=4, guidance_scale=2.0, rank=16, batch=32, steps=60)
     own |= dict(lr=3e-3, lr_discriminator=1e-3, beta1=0.9, warmup=3, lr_end=0.1, clip_norm=1.0)
     own |= dict(token_weight=0.08, pixel_weight=0.2, attention_reduction="paper", dtype="float32")
     own |= dict(adversarial_weight=10.0, adversarial_cap=0.5, rewards=("blip=1",), resolution=32)
+    own |= dict(caption_reduction="sum", label_smoothing=0.0, through_inputs=False)
     assert vars(shapes).items() >= own.items()
     assert shapes.model == str(configuration.SHAPES / "pipeline")
 

@@ -1,19 +1,22 @@
 """Models and folders that are not what they claim: each is refused in one line that names the flag
 and the folder, before anything is written."""
 
+import json
 import os
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import forked
+from conftest import ALL_LOSSES, forked, small_config
 from PIL import Image
 
 import config as configuration
+import diffusion
 import masks
 import models
 import rewards
+import train
 
 SHAPES, PRESET = configuration.SHAPES, configuration.PRESETS["shapes"][1]
 UNET, WEIGHTS = "diffusion_pytorch_model.safetensors", "model.safetensors"
@@ -127,3 +130,56 @@ def test_sdxl_gets_the_unet_and_vae_of_the_recipe():
     assert parts("--resolution", "1024") == ("", "madebyollin/sdxl-vae-fp16-fix")
     assert parts("--model", "me/mine") == parts("sd15") == ("", "")
     assert parts("--unet", "", "--vae", "me/vae") == ("", "me/vae")
+
+
+def edited(folder, name, **changes):
+    """A copy of the shapes pipeline in which a part's configuration file is changed."""
+    shutil.copytree(SHAPES / "pipeline", folder)
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("vae/config.json", {"latents_mean": [0.1] * 4, "latents_std": [1.0] * 4}, "latents_mean"),
+        (
+            "scheduler/scheduler_config.json",
+            {"_class_name": "EDMEulerScheduler", "sigma_data": 0.5},
+            "EDM",
+        ),
+    ],
+)
+def test_other_conventions_of_latents_and_noise_are_refused(tmp_path, name, changes, reason):
+    if "scheduler" in name:
+        index = {"scheduler": ["diffusers", "EDMEulerScheduler"]}
+        edited(tmp_path / "half", "model_index.json", **index)
+        path = tmp_path / "half" / name
+        path.write_text(json.dumps(changes))
+        source = str(tmp_path / "half")
+    else:
+        source = edited(tmp_path / "half", name, **changes)
+    assert reason in refusal("model", source)
+
+
+def test_a_turbo_model_trains_and_samples_without_guidance(tmp_path):
+    """SDXL-Turbo: epsilon, trailing timesteps, four steps, guidance scale 0."""
+    turbo = {"prediction_type": "epsilon", "timestep_spacing": "trailing"}
+    model = edited(tmp_path / "turbo", "scheduler/scheduler_config.json", **turbo)
+    changes = {"steps": 2, "num_steps": 4, "scheduler": "euler", **ALL_LOSSES, "sample_every": 1}
+    c = small_config(tmp_path, model=model, guidance_scale=0.0, **changes)
+    train.main(c)
+    rows = [json.loads(row) for row in open(c.out / "log.jsonl")]
+    assert [row["step"] for row in rows] == [0, 1] and all(row["gradient_norm"] > 0 for row in rows)
+    _, pipe, plan = models.open_run(c.out)
+    text, z = diffusion.encode(pipe, ["a red ring"]), torch.ones(1, 4, 16, 16)
+    for scale in (0.0, 0.5, 1.0):  # the prompt alone, and not the null prompt
+        output = diffusion.guided(pipe, plan.steps[0], z, text, scale)
+        expected = diffusion.guided(pipe, plan.steps[0], z, text, 1.0000001)
+        torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_one_step_leaves_the_discriminator_nothing_to_judge():
+    with pytest.raises(ValueError, match="--num-steps 1: the discriminator"):
+        configuration.check(replace(PRESET, num_steps=1, grad_steps=1))

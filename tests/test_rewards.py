@@ -46,11 +46,14 @@ def log_probability(blip, image, prompt):
 def test_the_reward_is_the_sum_or_mean_of_the_log_probabilities(images):
     blip, average = tiny_blip(), tiny_blip(reduction="mean")
     sums, means = blip(images, CAPTIONS), average(images, CAPTIONS)
+    totals = []
     for i, count in enumerate((8, 3, 12)):
         total, tokens = log_probability(blip, images[i], CAPTIONS[i])
-        assert tokens == count
+        assert tokens == count == average.size(CAPTIONS[i : i + 1])
         assert sums[i].item() == pytest.approx(total, rel=1e-5)
-        assert means[i].item() == pytest.approx(total / count, rel=1e-5)
+        totals.append(total)
+    assert means.mean().item() == pytest.approx(sum(totals) / 23, rel=1e-5)  # over all tokens
+    assert blip.size(CAPTIONS) == 3 and average.size(CAPTIONS) == 23
 
 
 def test_labels_are_smoothed_only_when_asked(images):

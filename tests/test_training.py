@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ALL_LOSSES, randomise, same, small_config
+from conftest import ALL_LOSSES, randomise, same, small_config, tiny_blip
 
 import config as configuration
 import diffusion
@@ -245,9 +245,31 @@ def test_rewards_share_the_decoders_graph_and_the_last_one_frees_it(run):
 
     run.rewards = {"one": run.rewards["blip"], "two": run.rewards["blip"]}
     blip = run.terms["blip"]
-    run.terms = {"one": blip, "two": blip, "adversarial": (1.0, last)}
+    run.terms = {"one": blip, "two": blip, "adversarial": (1.0, last, len)}
     _, gradients, _ = train.judge(run, some_latents(), PROMPTS)
     torch.testing.assert_close(gradients["one"], gradients["two"])
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_judging_one_image_at_a_time_is_judging_all_at_once(run, reduction):
+    """Also where the mean is over the batch's tokens, and captions differ in length."""
+    run.rewards = {"blip": tiny_blip(reduction=reduction)}
+    run.terms = train.make_terms(run)
+    del run.terms["adversarial"]
+    judged = []
+    for judge_batch in (1, 2):
+        run.config = replace(run.config, judge_batch=judge_batch)
+        judged.append(train.judge(run, some_latents(), PROMPTS)[1:])
+    (one, log), (both, log_of_both) = judged
+    torch.testing.assert_close(one["blip"], both["blip"], rtol=1e-4, atol=1e-7)
+    assert log["loss_blip"] == pytest.approx(log_of_both["loss_blip"], rel=1e-5)
+
+
+def test_the_rewards_see_a_random_crop_of_a_large_image_and_the_masks_all_of_it(run):
+    assert train.random_crop(run.config, 0) == slice(0, 32)  # 32 px: nothing to crop
+    large = replace(run.config, resolution=512)
+    crops = {(c.start, c.stop) for c in (train.random_crop(large, step) for step in range(30))}
+    assert crops == {(0, 510), (1, 511), (2, 512)}
 
 
 def test_weights_scale_the_logged_norms_and_the_cap_limits_the_adversarial_one(run):

@@ -1,17 +1,12 @@
 """The discriminator: the frozen UNet with an adapter of its own and a small head, on latents
 (section 3.4). It shares the base weights with the model it judges."""
 
-from hashlib import sha256
-from pathlib import Path
-
-import torch
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import diffusion
 import losses
-from utils import write
 
 ADAPTER = "discriminator"
 FILE = "discriminator.safetensors"
@@ -74,43 +69,3 @@ class Discriminator:
             parts[part][name] = value
         set_peft_model_state_dict(self.pipe.unet, parts["unet"], ADAPTER)
         self.head.load_state_dict(parts["head"])
-
-
-def reference_latents(pipe, plan, config, prompts):
-    """z_T of the original model for each prompt (B, 4, h, w), the real examples: from a seed of the
-    prompt's own, made once and kept in config.references, one safetensors file a prompt."""
-    folder = Path(config.references) / recipe_hash(pipe, config)
-    files = {prompt: folder / f"{hash_of(prompt)}.safetensors" for prompt in prompts}
-    missing = [prompt for prompt, file in files.items() if not file.exists()]
-    if missing:  # all are drawn: an image's last digits depend on its batch
-        drawn = draw_latents(pipe, plan, config, list(files))
-        for prompt in missing:
-            latent = drawn[prompt].cpu().contiguous()
-            write(files[prompt], save({"z": latent}))
-    latents = [load_file(files[prompt])["z"] for prompt in prompts]
-    return torch.stack(latents).to(pipe.unet.device)
-
-
-def draw_latents(pipe, plan, config, prompts):
-    """{prompt: z_T of the original model}."""
-    seeds = [int(hash_of(prompt)[:14], 16) for prompt in prompts]
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    size = (config.resolution, config.resolution)
-    noise = diffusion.initial_noise(pipe, size, generators)
-    text = diffusion.encode(pipe, prompts)
-    with diffusion.adapter(pipe.unet, None):
-        z, _ = diffusion.sample(pipe, plan, text, noise, generators, config.guidance_scale)
-    return dict(zip(prompts, z))
-
-
-def recipe_hash(pipe, config):
-    """A name for all that the original model's latents depend on, its weights included."""
-    ends = pipe.unet.conv_in, pipe.unet.conv_out
-    recipe = [layer.weight.double().sum().item() for layer in ends]
-    fields = "model unet revision resolution scheduler num_steps guidance_scale dtype"
-    recipe += [getattr(config, field) for field in fields.split()]
-    return hash_of(repr(recipe))
-
-
-def hash_of(text):
-    return sha256(text.encode()).hexdigest()[:16]

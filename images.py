@@ -1,9 +1,12 @@
-"""Images of prompts under several adapters from the same noise, and what their words attend to.
+"""Images of prompts under several adapters from the same noise, and what their words attend to; the
+original model's latents.
 
 An image depends on its seed and its model alone, not on its batch or its place in a list."""
 
 import math
 import textwrap
+from hashlib import sha256
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import load_file, save
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
@@ -18,6 +22,7 @@ import attention
 import diffusion
 import models
 from diffusion import ADAPTER
+from utils import write
 
 SEED = 1_000_000_007  # first seed of grids and scores, apart from every training seed's
 RENOISE = 500_000_003  # added to an image's seed: the noise under which attention is measured
@@ -121,6 +126,49 @@ def grid(prompts, rows, columns=4):
             canvas.paste(picture.resize((side, side), method), (x, y))
             y += cell
     return canvas
+
+
+# --------------------------------------------------------------------------------------------------
+# The original model's latents, the discriminator's real examples
+
+
+def reference_latents(pipe, plan, config, prompts):
+    """z_T of the original model for each prompt (B, 4, h, w), the real examples: from a seed of the
+    prompt's own, made once and kept in config.references, one safetensors file a prompt."""
+    folder = Path(config.references) / recipe_hash(pipe, config)
+    files = {prompt: folder / f"{hash_of(prompt)}.safetensors" for prompt in prompts}
+    missing = [prompt for prompt, file in files.items() if not file.exists()]
+    if missing:  # all are drawn: an image's last digits depend on its batch
+        drawn = draw_latents(pipe, plan, config, list(files))
+        for prompt in missing:
+            latent = drawn[prompt].cpu().contiguous()
+            write(files[prompt], save({"z": latent}))
+    latents = [load_file(files[prompt])["z"] for prompt in prompts]
+    return torch.stack(latents).to(pipe.unet.device)
+
+
+def draw_latents(pipe, plan, config, prompts):
+    """{prompt: z_T of the original model}."""
+    generators = generators_of(int(hash_of(prompt)[:14], 16) for prompt in prompts)
+    size = (config.resolution, config.resolution)
+    noise = diffusion.initial_noise(pipe, size, generators)
+    text = diffusion.encode(pipe, prompts)
+    with diffusion.adapter(pipe.unet, None):
+        z, _ = diffusion.sample(pipe, plan, text, noise, generators, config.guidance_scale)
+    return dict(zip(prompts, z))
+
+
+def recipe_hash(pipe, config):
+    """A name for all that the original model's latents depend on, its weights included."""
+    ends = pipe.unet.conv_in, pipe.unet.conv_out
+    recipe = [layer.weight.double().sum().item() for layer in ends]
+    fields = "model unet revision resolution scheduler num_steps guidance_scale dtype"
+    recipe += [getattr(config, field) for field in fields.split()]
+    return hash_of(repr(recipe))
+
+
+def hash_of(text):
+    return sha256(text.encode()).hexdigest()[:16]
 
 
 # --------------------------------------------------------------------------------------------------

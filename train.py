@@ -19,13 +19,9 @@ if __name__ == "__main__":
     config = configuration.parse()  # before the heavy imports: --help answers at once
 
 import math
-import os
 import random
 import sys
 import time
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -35,13 +31,10 @@ import attention
 import diffusion
 import images as pictures
 import losses
-import masks
-import models
 import prompts as prompt_lists
-import rewards
 import utils
-from discriminator import Discriminator, reference_latents
-from entities import find_entities, load_parser, repeated_nouns
+from build import announce, setup
+from entities import find_entities, repeated_nouns
 
 # ==================================================================================================
 # One training step
@@ -102,7 +95,7 @@ def add_gradients(run, part):
     # 5. Discriminator: the original model's latents are real, the online model's fake
     if run.discriminator:
         with run.phase("references"):
-            real = reference_latents(pipe, plan, c, prompts)
+            real = pictures.reference_latents(pipe, plan, c, prompts)
         with run.phase("discriminator"):
             log |= discriminate(run, real, fake=z)
 
@@ -250,10 +243,7 @@ def attention_losses(run, maps, entities, entity_masks):
     by_prompt = zip(*(layer.unbind() for layer in maps.values()))  # layer[b] is slow backwards
     samples = list(zip(by_prompt, entities, entity_masks, strict=True))
     total, log = 0.0, {}
-    for name, formula in losses.ATTENTION_LOSSES[run.config.attention_reduction].items():
-        weight = weight_of(run.config, name)
-        if not weight:
-            continue
+    for name, (weight, formula) in run.attention_terms.items():
         loss = 0.0
         for layers, of_prompt, masks_of_prompt in samples:
             if of_prompt:
@@ -266,10 +256,6 @@ def attention_losses(run, maps, entities, entity_masks):
     activation = attention.entity_activation(activations, entities)
     log["entity_activation_percent"] = 100 * activation.nanmean().item()
     return total, log
-
-
-def weight_of(c, term):
-    return getattr(c, f"{term}_weight")
 
 
 def discriminate(run, real, fake):
@@ -315,123 +301,6 @@ def mean_of(logs):
     names = dict.fromkeys(name for log in logs for name in log)
     columns = {name: [log[name] for log in logs if name in log] for name in names}
     return {name: sum(values) / len(values) for name, values in columns.items()}
-
-
-# ==================================================================================================
-# Everything that a step needs
-
-
-@dataclass
-class Run:
-    """Everything that a step needs. What a weight of 0 switches off is None or empty."""
-
-    config: configuration.Config
-    pipe: object
-    plan: diffusion.Schedule
-    prompts: list
-    parameters: list  # the LoRA's
-    optimizer: torch.optim.Optimizer = None
-    rewards: dict = field(default_factory=dict)  # {name: reward}
-    terms: dict = field(default_factory=dict)  # {name: (weight, loss, size)}
-    parser: object = None
-    segmenter: object = None
-    discriminator: Discriminator | None = None
-    rank: int = 0
-    world_size: int = 1
-    step: int = 0
-    skipped: int = 0
-    seconds: dict = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name):
-        """Adds the time spent within to seconds[name]."""
-        start = time.perf_counter()
-        yield
-        if self.pipe.unet.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def discriminator_active(self):
-        """Around its passes, forwards and backwards."""
-        return self.discriminator.active() if self.discriminator else nullcontext()
-
-    def trainables(self):
-        return self.parameters + (self.discriminator.parameters if self.discriminator else [])
-
-    def prompts_per_step(self):
-        return self.config.batch * self.config.accumulate * self.world_size
-
-    def save_adapters(self, folder):
-        models.save_adapter(self.pipe, folder, diffusion.ADAPTER)
-        if self.discriminator:
-            self.discriminator.save(folder)
-
-    def load_adapters(self, folder):
-        models.load_adapter(self.pipe, folder, diffusion.ADAPTER)
-        if self.discriminator:
-            self.discriminator.load(folder)
-
-
-def setup(c, pipe=None, judges=None, segmenter=None):
-    """A Run: loads and freezes the models, adds the adapters, makes the optimisers. pipe, judges
-    ({name: reward}), segmenter: models in place of those that the Config names."""
-    configuration.check(c)
-    rank, world_size = utils.join(c.device, c.timeout)
-    if not c.prompts.is_file() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        prompt_lists.fetch(c.prompts.parent)  # the default list, once a machine
-    utils.barrier(world_size)
-    prompts = prompt_lists.read(c.prompts)  # a bad list is refused before the models are loaded
-    torch.manual_seed(c.seed)
-    pipe, plan = (pipe, models.plan_of(pipe, c)) if pipe else models.open_pipeline(c)
-    device = pipe.unet.device
-    parameters = diffusion.add_adapter(pipe.unet, diffusion.ADAPTER, c.rank)
-    run = Run(c, pipe, plan, prompts, parameters, rank=rank, world_size=world_size)
-    run.rewards = judges if judges is not None else rewards.load_rewards(c, device)
-    attention_terms = losses.ATTENTION_LOSSES[c.attention_reduction]
-    if any(weight_of(c, name) for name in attention_terms):
-        attention.cross_attention_layers(pipe.unet, c.attention_blocks)
-        run.parser = load_parser(c.parser)
-        run.segmenter = segmenter or masks.load_segmenter(c, device)
-    if c.adversarial_weight:
-        null = diffusion.encode(pipe, [""]).null
-        run.discriminator = Discriminator(pipe, plan, null, c.rank)
-    run.terms = make_terms(run)
-    run.optimizer = make_optimizer(run)
-    if c.checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
-        pipe.vae.enable_gradient_checkpointing()
-    pipe.unet.set_adapter(diffusion.ADAPTER)
-    utils.broadcast(run.trainables(), world_size)
-    return run
-
-
-def make_optimizer(run):
-    """AdamW with two groups: the LoRA, and the discriminator if there is one."""
-    c = run.config
-    groups = [{"params": run.parameters, "lr": c.lr, "betas": (c.beta1, 0.999)}]
-    if run.discriminator:
-        parameters = run.discriminator.parameters
-        groups.append({"params": parameters, "lr": c.lr_discriminator, "betas": (0.0, 0.999)})
-    fused = run.parameters[0].is_cuda  # one kernel, and no temporary copies of the parameters
-    return torch.optim.AdamW(groups, weight_decay=c.weight_decay, fused=fused)
-
-
-def make_terms(run):
-    """The losses on the sample, one per reward and the adversarial one: {name: (weight, loss,
-    size)} with loss(z, images, prompts) -> mean over images; size(prompts): what that mean weighs
-    in the mean over the batch, the number of images unless the reward says otherwise."""
-    weights, terms = configuration.reward_weights(run.config), {}
-    for name, reward in run.rewards.items():
-        size = getattr(reward, "size", len)
-        terms[name] = weights[name], partial(minus_reward, reward), size
-    if run.discriminator:
-        weight = run.config.adversarial_weight
-        terms["adversarial"] = weight, run.discriminator.generator_loss, len
-    return terms
-
-
-def minus_reward(reward, z, images, prompts):
-    return -reward(images, prompts).mean()
 
 
 # ==================================================================================================
@@ -511,17 +380,6 @@ def begin(c):
         utils.save_config(c, c.out / "config.json")
         announce(run)
     return run
-
-
-def announce(run):
-    """What follows from the configuration, once, at the start."""
-    c, unet, each = run.config, run.pipe.unet, run.prompts_per_step()
-    count = sum(p.numel() for p in run.parameters) / 1e6
-    print(f"{c.model}: {unet.dtype} on {unet.device}, LoRA of {count:.2f} M parameters")
-    epochs = c.steps * each / len(run.prompts)
-    product = f"{c.batch} x {c.accumulate} x {run.world_size} = {each} prompts"
-    print(f"{c.steps} steps of {product}, {epochs:.1f} epochs of {len(run.prompts)}")
-    print(f"losses: {', '.join(run.terms)}; gradient through {c.grad_steps} of {c.num_steps} steps")
 
 
 MEMORY_HINT = "try --checkpointing, or a smaller --batch with a larger --accumulate"

@@ -1,12 +1,14 @@
 """tools/anatomy.py: one training step, watched and drawn."""
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import ALL_LOSSES, command, small_config, tiny_sd15
+from conftest import ALL_LOSSES, command, same, small_config, tiny_sd15
 from PIL import Image
 
+import diffusion
 import train
 from tools import anatomy
 
@@ -14,6 +16,13 @@ from tools import anatomy
 def anatomy_of(folder, **changes):
     c = anatomy.Anatomy(**vars(small_config(folder, **ALL_LOSSES)))
     return replace(c, updates=1, to=str(folder / "anatomy.png"), **changes)
+
+
+def gradients_of(run):
+    """Of the LoRA, which has none afterwards."""
+    gradients = [p.grad for p in run.parameters]
+    run.optimizer.zero_grad()
+    return gradients
 
 
 def test_one_step_is_one_picture(tmp_path, capsys):
@@ -25,19 +34,21 @@ def test_one_step_is_one_picture(tmp_path, capsys):
 
 
 def test_the_step_is_the_training_step(tmp_path):
-    """The norms of the replayed steps are of pieces whose sum is the gradient, and watching it
-    changes nothing and leaves nothing behind."""
-    c = anatomy_of(tmp_path, batch=1, grad_steps=1)
+    """Watching it changes nothing and leaves nothing behind; a norm is of one replayed step."""
+    run = train.setup(anatomy_of(tmp_path, batch=1))
     functions = train.judge, train.attention_losses
-    run = train.setup(c)
-    z, (maps, (entities,), (masks,)), (norm,) = anatomy.take_step(run)
-    watched = [p.grad.clone() for p in run.parameters]
-    assert norm == pytest.approx(torch.nn.utils.get_total_norm(watched).item()) and norm > 0
+    with patch.object(diffusion, "replay", wraps=diffusion.replay) as replay:
+        z, (maps, (entities,), (masks,)), norms = anatomy.take_step(run)
     assert z.shape == (1, 4, 16, 16) and len(entities) == len(masks) and maps
     assert (train.judge, train.attention_losses) == functions
-    run.optimizer.zero_grad()
+    watched = gradients_of(run)
     train.add_gradients(run, 0)
-    assert all(torch.equal(p.grad, grad) for p, grad in zip(run.parameters, watched))
+    assert same(gradients_of(run), watched)
+    pipe, plan, text, states, *rest = replay.call_args.args
+    for i, norm in zip(sorted(states), norms, strict=True):
+        with diffusion.adapter(pipe.unet, diffusion.ADAPTER):
+            diffusion.replay(pipe, plan, text, {i: states[i]}, *rest)
+        assert norm == pytest.approx(torch.nn.utils.get_total_norm(gradients_of(run)).item())
 
 
 def test_panels_show_the_words_the_steps_and_a_runs_discriminator(tmp_path, trained):
@@ -50,6 +61,8 @@ def test_panels_show_the_words_the_steps_and_a_runs_discriminator(tmp_path, trai
     assert len(panels["4 Replay: |dL/dθ| at t"].patches) == c.grad_steps
     assert panels["b"].get_title() == "4 Attention: ring" and panels["c"].get_title() == ""
     assert panels["5 Discriminator"].get_xlabel() == "untrained: all 0"
+    (logits,) = panels["5 Discriminator"].images
+    assert (logits.norm(logits.get_array()) == 0.5).all()
     run.load_adapters(trained / "checkpoints/latest")
     _, panels = anatomy.draw(run, *anatomy.take_step(run))
     assert panels["5 Discriminator"].get_xlabel() == "pink: fake"

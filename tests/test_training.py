@@ -7,9 +7,11 @@ import pytest
 import torch
 from conftest import ALL_LOSSES, randomise, same, small_config, tiny_blip
 
+import build
 import config as configuration
 import diffusion
 import discriminator
+import images
 import losses
 import prompts as prompt_lists
 import train
@@ -167,13 +169,13 @@ def test_no_cross_attention_in_its_adapter_where_the_null_prompt_is_zero(run):
 
 def test_references_are_the_original_models_and_depend_on_the_prompt_alone(run):
     c = run.config
-    both = discriminator.reference_latents(run.pipe, run.plan, c, PROMPTS)
+    both = images.reference_latents(run.pipe, run.plan, c, PROMPTS)
     files = [file for file in c.references.rglob("*") if file.is_file()]
     assert len(files) == 2 and {file.suffix for file in files} == {".safetensors"}
     for file in files:
         file.unlink()
     randomise(run.parameters, 9, 1.0)
-    alone = discriminator.reference_latents(run.pipe, run.plan, c, PROMPTS[1:])
+    alone = images.reference_latents(run.pipe, run.plan, c, PROMPTS[1:])
     torch.testing.assert_close(alone[0], both[1], rtol=1e-3, atol=1e-3)
     assert (both[0] - both[1]).abs().max() > 0.1
 
@@ -254,7 +256,7 @@ def test_rewards_share_the_decoders_graph_and_the_last_one_frees_it(run):
 def test_judging_one_image_at_a_time_is_judging_all_at_once(run, reduction):
     """Also where the mean is over the batch's tokens, and captions differ in length."""
     run.rewards = {"blip": tiny_blip(reduction=reduction)}
-    run.terms = train.make_terms(run)
+    run.terms = build.make_terms(run)
     del run.terms["adversarial"]
     judged = []
     for judge_batch in (1, 2):
@@ -275,7 +277,7 @@ def test_the_rewards_see_a_random_crop_of_a_large_image_and_the_masks_all_of_it(
 def test_weights_scale_the_logged_norms_and_the_cap_limits_the_adversarial_one(run):
     def judged(**changes):
         run.config = replace(run.config, **changes)
-        run.terms = train.make_terms(run)
+        run.terms = build.make_terms(run)
         with run.discriminator_active():
             return train.judge(run, some_latents(), PROMPTS)[1:]
 

@@ -33,7 +33,7 @@ if __name__ == "__main__":
 from unittest.mock import patch
 
 import torch
-from matplotlib.colors import CenteredNorm
+from matplotlib.colors import AsinhNorm
 from matplotlib.figure import Figure
 from torch.autograd.graph import register_multi_grad_hook
 from torch.nn.utils import get_total_norm
@@ -59,7 +59,7 @@ def take_step(run):
         register_multi_grad_hook(run.parameters, lambda g: norms.append(get_total_norm(g).item())),
     ):
         train.add_gradients(run, 0)
-    _, z, _ = judge.call_args.args
+    z = judge.call_args.args[1]
     _, *attention = attend.call_args_list[0].args
     return z, attention, norms[::-1]  # replay goes backwards
 
@@ -89,7 +89,7 @@ def draw(run, z, attention, norms):
     wanted = 0.5 + image.mean(0) / 2 + gradient / gradient.abs().max()
     panels["2 Wanted: -dL/dimage"].imshow(wanted.clamp(0, 1).movedim(0, -1))
     maps, (entities,), (masks,) = attention
-    panels["3 Masks"].imshow(masks.sum(0).cpu(), "gray", vmin=0, vmax=1)
+    panels["3 Masks"].imshow(masks.sum(0).cpu(), "gray", vmin=0)
     *_, finest = maps.values()
     mean = finest[0].mean(0).detach().cpu()  # over heads: (h, w, tokens)
     for name, word in zip("abcd", words_of(run.prompts[0], entities, run.pipe.tokenizer)):
@@ -101,7 +101,7 @@ def draw(run, z, attention, norms):
     show_bars(panels["4 Replay: |dL/dθ| at t"], timesteps, norms)
     with torch.no_grad(), run.discriminator_active():
         logits = run.discriminator.logits(z)[0, 0].cpu()
-    panels["5 Discriminator"].imshow(logits, "PiYG", CenteredNorm())
+    panels["5 Discriminator"].imshow(logits, "PiYG", AsinhNorm(0.01, -1, 1))
     panels["5 Discriminator"].set_xlabel("pink: fake" if logits.any() else "untrained: all 0")
     return figure, panels
 

@@ -47,6 +47,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
+import build
 import diffusion
 import models
 import train
@@ -130,7 +131,7 @@ def measure(run, repeat):
         before = counter.tflop
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with train.Run.phase(run, name):
+        with build.Run.phase(run, name):
             yield
         tflop[name] += counter.tflop - before
         peak[name] = max(peak[name], utils.peak_memory(device))
@@ -183,7 +184,7 @@ def main(c):
     run = train.setup(c, *(random_models(c) if c.random_weights else ()))
     for parameter in run.trainables():  # some are zero, and others get no gradient then
         torch.nn.init.normal_(parameter, std=0.01)
-    train.announce(run)
+    build.announce(run)
     phases, log = measure(run, c.repeat)
     device = run.pipe.unet.device
     peak_speed = measure_peak_speed(device, run.pipe.unet.dtype)

@@ -262,10 +262,7 @@ def check(config):
     if c.resolution < 16 or c.resolution % unit:
         raise ValueError(f"--resolution {c.resolution}: must be a multiple of {unit}")
     if c.adversarial_weight and c.num_steps == 1:
-        raise ValueError(
-            "--num-steps 1: the discriminator would judge pure noise; add steps, or "
-            "--adversarial-weight 0"
-        )
+        raise ValueError("--num-steps 1: leaves the discriminator only the timestep of pure noise")
     if c.grad_steps > c.num_steps:
         raise ValueError(f"--grad-steps {c.grad_steps}: cannot exceed --num-steps {c.num_steps}")
     rewards = reward_weights(c)

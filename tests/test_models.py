@@ -181,5 +181,5 @@ def test_a_turbo_model_trains_and_samples_without_guidance(tmp_path):
 
 
 def test_one_step_leaves_the_discriminator_nothing_to_judge():
-    with pytest.raises(ValueError, match="--num-steps 1: the discriminator"):
+    with pytest.raises(ValueError, match="--num-steps 1: leaves the discriminator"):
         configuration.check(replace(PRESET, num_steps=1, grad_steps=1))

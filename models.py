@@ -121,7 +121,10 @@ def naming(flag, source):
     try:
         yield
     except Exception as error:
-        raise ValueError(f"--{flag} {source}: cannot be loaded ({first_line(error)})") from error
+        reason = first_line(error)
+        if str(source).startswith((".", "/")) and not Path(source).exists():
+            reason = "no such file or folder"
+        raise ValueError(f"--{flag} {source}: cannot be loaded ({reason})") from error
 
 
 def check_class(config, *names):

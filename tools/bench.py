@@ -77,7 +77,9 @@ def random_models(c):
         dino = transformers.GroundingDinoForObjectDetection(dino_config)
         sam = transformers.SamModel(transformers.SamConfig(**SIZES["sam"]))
     tokenizer = transformers.AutoTokenizer.from_pretrained(SHAPES / "captioner")
-    judges = dict.fromkeys(reward_weights(c), Blip(blip.requires_grad_(False).eval(), tokenizer))
+    options = c.caption_prefix, c.caption_reduction, c.label_smoothing
+    reward = Blip(blip.requires_grad_(False).eval(), tokenizer, *options)
+    judges = dict.fromkeys(reward_weights(c), reward)
     lowest = 0.0, 0.0  # thresholds: SAM gets as many boxes as it ever does
     return pipe, judges, GroundedSAM(dino, tokenizer, sam, *lowest, dtype).to(device)
 
@@ -189,7 +191,8 @@ def main(c):
     device = run.pipe.unet.device
     peak_speed = measure_peak_speed(device, run.pipe.unet.dtype)
     print_table(phases, peak_speed)
-    print(", ".join(f"{name} {value:.4g}" for name, value in log.items() if "loss" in name))
+    shown = {name: value for name, value in log.items() if "loss" in name or "norm" in name}
+    print(", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
     if c.profile:
         with torch.profiler.profile() as profiler:
             step(run)

@@ -74,7 +74,7 @@ class Run:
 
 
 def setup(c, pipe=None, judges=None, segmenter=None):
-    """A Run: loads and freezes the models, adds the adapters, makes the optimisers. pipe, judges
+    """A Run: loads and freezes the models, adds the adapters, makes the optimiser. pipe, judges
     ({name: reward}), segmenter: models in place of those that the Config names."""
     configuration.check(c)
     rank, world_size = utils.join(c.device, c.timeout)

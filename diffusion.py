@@ -48,6 +48,11 @@ def add_adapter(unet, name, rank, cross_attention=True):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         unet.add_adapter(lora, name)
+    return adapter_in_fp32(unet, name)
+
+
+def adapter_in_fp32(unet, name):
+    """Makes an adapter's parameters fp32, whatever the base's dtype, and returns them."""
     parameters = [p for key, p in unet.named_parameters() if f".{name}." in key]
     for p in parameters:
         p.data = p.data.float()

@@ -136,26 +136,19 @@ def reference_latents(pipe, plan, config, prompts):
     """z_T of the original model for each prompt (B, 4, h, w), the real examples: from a seed of the
     prompt's own, made once and kept in config.references, one safetensors file a prompt."""
     folder = Path(config.references) / recipe_hash(pipe, config)
-    files = {prompt: folder / f"{hash_of(prompt)}.safetensors" for prompt in prompts}
+    names = {prompt: short_hash(prompt) for prompt in prompts}
+    files = {prompt: folder / f"{name}.safetensors" for prompt, name in names.items()}
     missing = [prompt for prompt, file in files.items() if not file.exists()]
     if missing:  # all are drawn: an image's last digits depend on its batch
-        drawn = draw_latents(pipe, plan, config, list(files))
+        seeds = [int(name[:14], 16) for name in names.values()]
+        how = config.guidance_scale, config.resolution, (None,), seeds, len(names)
+        (drawn,) = latents(pipe, plan, list(names), *how)
+        by_prompt = dict(zip(names, drawn))
         for prompt in missing:
-            latent = drawn[prompt].cpu().contiguous()
+            latent = by_prompt[prompt].cpu().contiguous()
             write(files[prompt], save({"z": latent}))
-    latents = [load_file(files[prompt])["z"] for prompt in prompts]
-    return torch.stack(latents).to(pipe.unet.device)
-
-
-def draw_latents(pipe, plan, config, prompts):
-    """{prompt: z_T of the original model}."""
-    generators = generators_of(int(hash_of(prompt)[:14], 16) for prompt in prompts)
-    size = (config.resolution, config.resolution)
-    noise = diffusion.initial_noise(pipe, size, generators)
-    text = diffusion.encode(pipe, prompts)
-    with diffusion.adapter(pipe.unet, None):
-        z, _ = diffusion.sample(pipe, plan, text, noise, generators, config.guidance_scale)
-    return dict(zip(prompts, z))
+    references = [load_file(files[prompt])["z"] for prompt in prompts]
+    return torch.stack(references).to(pipe.unet.device)
 
 
 def recipe_hash(pipe, config):
@@ -164,10 +157,10 @@ def recipe_hash(pipe, config):
     recipe = [layer.weight.double().sum().item() for layer in ends]
     fields = "model unet revision resolution scheduler num_steps guidance_scale dtype"
     recipe += [getattr(config, field) for field in fields.split()]
-    return hash_of(repr(recipe))
+    return short_hash(repr(recipe))
 
 
-def hash_of(text):
+def short_hash(text):
     return sha256(text.encode()).hexdigest()[:16]
 
 

@@ -235,9 +235,7 @@ def load_lora(pipe, source, flag):
         state = pipe.lora_state_dict(str(source), unet_config=pipe.unet.config)
         check_lora(pipe.unet, state[0] if isinstance(state, tuple) else state)
         pipe.load_lora_weights(str(source), adapter_name=diffusion.ADAPTER)
-    for name, parameter in pipe.unet.named_parameters():
-        if f".{diffusion.ADAPTER}." in name:
-            parameter.data = parameter.data.float()  # as in training
+    diffusion.adapter_in_fp32(pipe.unet, diffusion.ADAPTER)  # as in training
 
 
 def check_lora(unet, state):

@@ -168,6 +168,7 @@ def judge(run, z, prompts):
     c, log, images = run.config, {}, []
     crop = random_crop(c, run.step)
     gradients = {name: torch.zeros_like(z) for name in run.terms}
+    sizes = {name: size(prompts) for name, (_, _, size) in run.terms.items()}
     sharing = list(run.rewards)[:-1]  # the last reward frees the decoder's graph
     for start in range(0, len(z), c.judge_batch):
         part = slice(start, start + c.judge_batch)
@@ -179,7 +180,7 @@ def judge(run, z, prompts):
             images.append(image.detach())
             image = image[..., crop, crop]
         for name, (weight, loss_of, size) in run.terms.items():
-            share = size(prompts[part]) / size(prompts)
+            share = size(prompts[part]) / sizes[name]
             loss = loss_of(leaf, image, prompts[part])
             (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=name in sharing)
             gradients[name][part] = share * weight * gradient

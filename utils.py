@@ -140,8 +140,8 @@ def join(device, minutes=30.0):
 
 
 def leave(world_size):
+    barrier(world_size)
     if world_size > 1:
-        together(dist.barrier)
         dist.destroy_process_group()
 
 

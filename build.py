@@ -29,6 +29,7 @@ class Run:
     pipe: object
     plan: diffusion.Schedule
     prompts: list
+    sample_prompts: list  # of the grids
     parameters: list  # the LoRA's
     optimizer: torch.optim.Optimizer = None
     rewards: dict = field(default_factory=dict)  # {name: reward}
@@ -41,6 +42,7 @@ class Run:
     world_size: int = 1
     step: int = 0
     skipped: int = 0
+    measuring: bool = False  # also the norm of each loss's own gradient on the LoRA
     seconds: dict = field(default_factory=dict)
 
     @contextmanager
@@ -62,31 +64,30 @@ class Run:
     def prompts_per_step(self):
         return self.config.batch * self.config.accumulate * self.world_size
 
-    def save_adapters(self, folder):
-        models.save_adapter(self.pipe, folder, diffusion.ADAPTER)
-        if self.discriminator:
-            self.discriminator.save(folder)
+    def weights(self):
+        """All that is trained, as one module that shares the parameters."""
+        return torch.nn.ParameterList(self.trainables())
 
-    def load_adapters(self, folder):
-        models.load_adapter(self.pipe, folder, diffusion.ADAPTER)
-        if self.discriminator:
-            self.discriminator.load(folder)
+    def save_lora(self, folder):
+        models.save_adapter(self.pipe, folder, diffusion.ADAPTER)
 
 
 def setup(c, pipe=None, judges=None, segmenter=None):
     """A Run: loads and freezes the models, adds the adapters, makes the optimiser. pipe, judges
     ({name: reward}), segmenter: models in place of those that the Config names."""
     configuration.check(c)
-    rank, world_size = utils.join(c.device, c.timeout)
+    rank, world_size = utils.join(utils.choose_device(c), c.timeout)
     if not c.prompts.is_file() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
         prompt_lists.fetch(c.prompts.parent)  # the default list, once a machine
     utils.barrier(world_size)
     prompts = prompt_lists.read(c.prompts)  # a bad list is refused before the models are loaded
+    shown = prompt_lists.read(c.eval_prompts) if c.eval_prompts else prompts
+    shown = shown[: c.sample_prompts]
     torch.manual_seed(c.seed)
     pipe, plan = (pipe, models.plan_of(pipe, c)) if pipe else models.open_pipeline(c)
     device = pipe.unet.device
     parameters = diffusion.add_adapter(pipe.unet, diffusion.ADAPTER, c.rank)
-    run = Run(c, pipe, plan, prompts, parameters, rank=rank, world_size=world_size)
+    run = Run(c, pipe, plan, prompts, shown, parameters, rank=rank, world_size=world_size)
     run.rewards = judges if judges is not None else rewards.load_rewards(c, device)
     run.attention_terms = make_attention_terms(c)
     if run.attention_terms:
@@ -113,8 +114,7 @@ def make_optimizer(run):
     if run.discriminator:
         parameters = run.discriminator.parameters
         groups.append({"params": parameters, "lr": c.lr_discriminator, "betas": (0.0, 0.999)})
-    fused = run.parameters[0].is_cuda  # one kernel, and no temporary copies of the parameters
-    return torch.optim.AdamW(groups, weight_decay=c.weight_decay, fused=fused)
+    return torch.optim.AdamW(groups, weight_decay=c.weight_decay)
 
 
 def make_terms(run):

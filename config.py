@@ -1,7 +1,8 @@
 """The configuration of a run and its presets. Imports nothing heavy: `--help` answers at once."""
 
+import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -54,7 +55,7 @@ class Config:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: cuda where there is a GPU."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the frozen models; adapters, optimisers and losses are always float32."""
+    """Of the frozen models and all products; adapters, optimiser and losses are always float32."""
     resolution: int = 512
     """Image side in pixels, a multiple of 64."""
 
@@ -135,12 +136,12 @@ class Config:
     """Images that are decoded and judged in one graph."""
     checkpointing: bool = False
     """Keep only the inputs of the UNet's and the VAE's blocks and run them again backwards."""
-    merge: bool = False
+    merge: bool = True
     """Sample with the LoRA merged into the weights: half the time on a GPU, a little rounding."""
 
     # Bookkeeping --------------------------------------------------------------------------------
     sample_every: int = 200
-    """Steps between sample grids at fixed prompts and seeds; 0 for none."""
+    """Steps between sample grids and reports of the terms' shares; 0: one report at the start."""
     sample_prompts: int = 8
     """Prompts in a grid, the first of --eval-prompts, or of --prompts."""
     checkpoint_every: int = 200
@@ -204,6 +205,39 @@ PRESETS = {
 }
 
 
+@dataclass(kw_only=True)
+class Overrides:
+    """Flags of sample.py and evaluate.py that replace fields of a run; None keeps the run's."""
+
+    model: str | None = None
+    """Base model: a hub id or a folder; here and below None keeps the run's."""
+    unet: str | None = None
+    """UNet in place of the model's own; "" for its own."""
+    vae: str | None = None
+    """VAE in place of the model's own; "" for its own."""
+    scheduler: Literal["ddpm", "ddim", "euler"] | None = None
+    """Sampler."""
+    num_steps: int | None = None
+    """Denoising steps."""
+    guidance_scale: float | None = None
+    """Of classifier-free guidance; none up to 1."""
+    resolution: int | None = None
+    """Image side in pixels."""
+    captioner: str | None = None
+    """Captioner that scores: a hub id or a folder."""
+    segmenter: str | None = None
+    """Segmenter of --attention."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Of the frozen models."""
+    device: Literal["auto", "cuda", "cpu"] | None = None
+    """Where to run."""
+
+    def overrides(self):
+        """{field: value} of what replaces the run's."""
+        values = {field.name: getattr(self, field.name) for field in fields(Overrides)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
 def parse(arguments=None, default="sdxl", presets=PRESETS):
     """The Config of a command line such as `shapes --steps 500`; the preset may be left out."""
     import tyro
@@ -214,6 +248,22 @@ def parse(arguments=None, default="sdxl", presets=PRESETS):
         arguments.insert(0, default)
     header = sys.modules["__main__"].__doc__
     return tyro.extras.overridable_config_cli(presets, args=arguments, description=header)
+
+
+def portable(value):
+    """A field as files hold it: paths below the repository relative to it, others absolute. As in
+    transformers, a name with a slash that is there is a path, another a hub id."""
+    named = isinstance(value, str) and "/" in value and os.path.exists(value)
+    if not named and not isinstance(value, Path):
+        return value
+    path = Path(os.path.abspath(value))
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def resolved(value):
+    """What `portable` made, as this repository's paths."""
+    named = isinstance(value, str) and "/" in value and os.path.exists(ROOT / value)
+    return type(value)(ROOT / value) if named or isinstance(value, Path) else value
 
 
 def unet_and_vae(config):
@@ -238,29 +288,46 @@ def reward_weights(config):
         ) from None
 
 
-AT_LEAST = {
-    1: "num_steps grad_steps steps batch rank attention_steps judge_batch accumulate max_skips "
+MANY = 999_999  # step-NNNNNN has six digits
+RANGES = {  # (least, most): fields
+    (1, MANY): "num_steps grad_steps steps batch attention_steps judge_batch accumulate max_skips "
     "checkpoint_every keep sample_prompts eval_count",
-    0: "warmup sample_every label_smoothing adversarial_cap",
+    (0, MANY): "warmup sample_every guidance_scale token_weight pixel_weight adversarial_weight "
+    "adversarial_cap",
+    (1e-6, MANY): "timeout",
+    (1e-6, 1e9): "clip_norm clip_norm_discriminator",
+    (0, 1): "box_threshold text_threshold label_smoothing lr lr_end lr_discriminator weight_decay",
+    (0, 0.9999): "beta1",
+    (1, 1024): "rank",
+    (0, 2**63 - 1): "seed",
 }
+
+
+def check_range(name, value, least, most):
+    """Raises ValueError, naming the flag, for a value outside, also for NaN."""
+    if not least <= value <= most:
+        raise ValueError(f"--{name.replace('_', '-')} {value}: must be from {least} to {most}")
+
+
+def check_ranges(config):
+    """Raises ValueError, naming the flag, for a number that no Config may have."""
+    for limits, names in RANGES.items():
+        for name in names.split():
+            check_range(name, getattr(config, name), *limits)
+    for weight in reward_weights(config).values():
+        check_range("rewards", weight, 0, MANY)
+    unit = 64 if config.resolution > 64 else 16  # the shapes world is smaller than a real image
+    if config.resolution < 16 or config.resolution % unit:
+        raise ValueError(f"--resolution {config.resolution}: must be a multiple of {unit}")
 
 
 def check(config):
     """Raises ValueError, naming the flag and the mend, for values that cannot work together."""
     c = config
-    for least, names in AT_LEAST.items():
-        for name in names.split():
-            if getattr(c, name) < least:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} {getattr(c, name)}: must be at least {least}")
-    if c.label_smoothing > 1:
-        raise ValueError(f"--label-smoothing {c.label_smoothing}: must be at most 1")
+    check_ranges(c)
     weights = {name: value for name, value in vars(c).items() if name.endswith("_weight")}
     if any(weights.values()) and not c.attention_blocks:
         raise ValueError("--attention-blocks: name at least one")
-    unit = 64 if c.resolution > 64 else 16  # the shapes world is smaller than a real image
-    if c.resolution < 16 or c.resolution % unit:
-        raise ValueError(f"--resolution {c.resolution}: must be a multiple of {unit}")
     if c.adversarial_weight and c.num_steps == 1:
         raise ValueError("--num-steps 1: leaves the discriminator only the timestep of pure noise")
     if c.grad_steps > c.num_steps:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
@@ -51,12 +52,25 @@ def add_adapter(unet, name, rank, cross_attention=True):
     return adapter_in_fp32(unet, name)
 
 
+class Projection(torch.nn.Module):
+    """A matrix of a LoRA: an fp32 weight whose products are made in the base's dtype."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight.data.float(), weight.requires_grad)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
 def adapter_in_fp32(unet, name):
     """Makes an adapter's parameters fp32, whatever the base's dtype, and returns them."""
-    parameters = [p for key, p in unet.named_parameters() if f".{name}." in key]
-    for p in parameters:
-        p.data = p.data.float()
-    return parameters
+    for layer in unet.modules():
+        if isinstance(layer, LoraLayer) and name in layer.lora_A:
+            layer.cast_input_dtype_enabled = False  # peft would make the input fp32, too
+            for matrices in (layer.lora_A, layer.lora_B):
+                matrices[name] = Projection(matrices[name].weight)
+    return [p for key, p in unet.named_parameters() if f".{name}." in key]
 
 
 @contextmanager
@@ -115,8 +129,10 @@ class Embedding(NamedTuple):
 
 @dataclass
 class Text:
-    """Embeddings of prompts, and of the null prompt as the pipeline makes it (SDXL: zeros)."""
+    """Prompts, their embeddings, and those of the null prompt as the pipeline makes it (SDXL:
+    zeros)."""
 
+    prompts: list[str]
     prompt: Embedding
     null: Embedding
 
@@ -127,16 +143,17 @@ class Text:
 
 
 @torch.no_grad()
-def encode(pipe, prompts):
-    """Prompts -> Text, by the pipeline's own encoders."""
+def encode(pipe, prompts, negative=""):
+    """Prompts -> Text, by the pipeline's own encoders. negative: in the null prompt's place."""
     tokens, null_tokens, *pooled = pipe.encode_prompt(
         prompt=[p[:MAX_CHARS] for p in prompts],
+        negative_prompt=[negative[:MAX_CHARS]] * len(prompts) if negative else None,
         device=pipe.unet.device,
         num_images_per_prompt=1,
         do_classifier_free_guidance=True,
     )
     pooled, null_pooled = pooled or (None, None)
-    return Text(Embedding(tokens, pooled), Embedding(null_tokens, null_pooled))
+    return Text(prompts, Embedding(tokens, pooled), Embedding(null_tokens, null_pooled))
 
 
 def predict(pipe, z, timestep, embedding):
@@ -256,13 +273,15 @@ def initial_noise(pipe, size, generators):
 
 
 @torch.no_grad()
-def sample(pipe, plan, text, noise, generators, guidance_scale, keep=()):
+def sample(pipe, plan, text, noise, generators, guidance_scale, keep=(), nudge=None):
     """Denoises `noise` (B, 4, h, w) along a Schedule with the UNet's active adapter, no gradient.
 
     generators: one per image, for the sampler's own noise, so that an image depends on its seed and
-    not on its batch. Returns z_T and the states {i: z_i} for i in keep."""
+    not on its batch; nudge(i, z_i): what to put in z_i's place. Returns z_T and the states {i: z_i}
+    for i in keep."""
     z, states = noise * plan.start, {}
     for i, step in enumerate(plan.steps):
+        z = nudge(i, z) if nudge else z
         if i in keep:
             states[i] = z
         z = step.a * z + step.b * guided(pipe, step, z, text, guidance_scale)
@@ -273,12 +292,14 @@ def sample(pipe, plan, text, noise, generators, guidance_scale, keep=()):
 
 @dataclass
 class AttentionLoss:
-    """A loss on some of the trained steps, `loss(maps) -> (loss, note)`. maps: the prompts'
-    cross-attention in the named blocks, {layer: (B, heads, h, w, tokens)}; note: anything."""
+    """Losses on some of the trained steps, `losses(maps) -> ({name: loss}, note)`. maps: the
+    prompts' cross-attention in the named blocks, {layer: (B, heads, h, w, tokens)}; note: numbers
+    to log. If `measured` parameters are given, the note gets the norm of each loss's gradient."""
 
     steps: list
     blocks: tuple
-    loss: object
+    losses: object
+    measured: list = ()
 
 
 def replay(pipe, plan, text, states, gradient, guidance_scale, attended=None, through_inputs=False):
@@ -287,7 +308,7 @@ def replay(pipe, plan, text, states, gradient, guidance_scale, attended=None, th
 
     states: {i: z_i} of `sample`; gradient: dL/dz_T (B, 4, h, w); attended: an AttentionLoss to add.
     through_inputs: let the gradient also flow through the UNet's input between the kept steps.
-    Returns what the attention loss returned beside its value, one per attended step."""
+    Returns the notes of the attention loss, one per attended step."""
     batch, aspect = len(gradient), gradient.shape[-1] / gradient.shape[-2]
     notes = []
     for i, step in reversed(list(enumerate(plan.steps))):
@@ -297,16 +318,26 @@ def replay(pipe, plan, text, states, gradient, guidance_scale, attended=None, th
             blocks = attended.blocks if attended and i in attended.steps else ()
             with attention.capture(pipe.unet, blocks) as captured:
                 output = guided(pipe, step, z, text, guidance_scale)
-            loss = (step.b * gradient * output).sum()
+            losses = {"latents": (step.b * gradient * output).sum()}
             if captured:
                 maps = attention.attention_maps(captured, batch, aspect)
-                attention_loss, note = attended.loss(maps)
-                loss = loss + attention_loss
-                notes.append(note)
-            loss.backward()
+                attention_losses, note = attended.losses(maps)
+                losses |= attention_losses
+                norms = gradient_norms(losses, attended.measured)
+                notes.append(note | norms)
+            sum(losses.values()).backward()
             through = z.grad if through_inputs else 0
         gradient = step.a * gradient + through  # dL/dz_i from dL/dz_{i+1}
     return notes
+
+
+def gradient_norms(losses, parameters):
+    """The norm of each loss's own gradient on the parameters; adds nothing to .grad."""
+    norms = {}
+    for name, loss in losses.items() if parameters else ():
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+        norms[f"lora_gradient_norm_{name}"] = torch.nn.utils.get_total_norm(gradients).item()
+    return norms
 
 
 def decode(pipe, z):

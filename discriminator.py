@@ -1,15 +1,12 @@
 """The discriminator: the frozen UNet with an adapter of its own and a small head, on latents
 (section 3.4). It shares the base weights with the model it judges."""
 
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import diffusion
 import losses
 
 ADAPTER = "discriminator"
-FILE = "discriminator.safetensors"
 
 
 class Head(nn.Module):
@@ -54,18 +51,3 @@ class Discriminator:
     def generator_loss(self, z, images=None, prompts=None):
         """The online model's side: how well its latents (B, 4, h, w) pass for real ones."""
         return losses.generator_loss(self.logits(z))
-
-    def save(self, folder):
-        adapter = get_peft_model_state_dict(self.pipe.unet, adapter_name=ADAPTER)
-        head = self.head.state_dict()
-        tensors = {f"unet.{key}": value.contiguous() for key, value in adapter.items()}
-        tensors |= {f"head.{key}": value for key, value in head.items()}
-        save_file(tensors, folder / FILE)
-
-    def load(self, folder):
-        parts = {"unet": {}, "head": {}}
-        for key, value in load_file(folder / FILE).items():
-            part, _, name = key.partition(".")
-            parts[part][name] = value
-        set_peft_model_state_dict(self.pipe.unet, parts["unet"], ADAPTER)
-        self.head.load_state_dict(parts["head"])

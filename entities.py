@@ -4,21 +4,25 @@
     [Entity(noun='chair', attributes=('wooden',), tokens=(2, 3), noun_tokens=(3,)),
      Entity(noun='dog', attributes=('red',), tokens=(6, 9), noun_tokens=(6,))]
 
-spaCy parses the prompt; every depictable noun is an entity, with or without attributes (the
-official code takes only nouns with attributes). Words are matched to CLIP's tokens by their place
-in the text, not by spelling, so that case, punctuation and repeated words cannot misalign them.
-A noun that occurs twice ("a red car and a blue car") cannot be grounded by its name: it is left
-out. The token of a word that describes two entities ("the cat and the dog are black") is neither's.
+Every depictable noun is an entity, with or without attributes (the official code takes only nouns
+with attributes). `as_read` rewrites what confuses a parser; spaCy tags and parses the result; each
+word becomes a letter; GRAMMAR, a regular expression over the letters, finds noun phrases and what
+is said of them. Words and letters are in entities.toml. Words are matched to CLIP's tokens by their
+place in the text, so that case, punctuation and repeated words cannot misalign them.
+
+A thing named again ("the truck's wheels") is one entity; two things of one name ("a red car and a
+blue car") are left out. The token of a word that describes two entities is neither's.
 """
 
 import re
 import sys
-from bisect import bisect_left
-from collections import Counter
-from dataclasses import dataclass
+import tomllib
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import spacy
+from spacy.attrs import FLAG20 as ONLY_NOUN  # of a word that is a noun and no adjective
 from thinc.api import use_ops
 from transformers import CLIPTokenizerFast
 
@@ -35,202 +39,173 @@ class Entity:
 
     noun: str
     attributes: tuple[str, ...]
-    tokens: tuple[int, ...]  # of the noun and its attributes
+    tokens: tuple[int, ...]  # of the noun and its attributes, wherever it is named
     noun_tokens: tuple[int, ...]  # of the noun alone
 
 
 # --------------------------------------------------------------------------------------------------
-# Rules as data
+# Rules
 
-# By lemma: a segmenter given only one of these words has nothing to find.
-NOT_DEPICTABLE = """
-    top bottom side left right front back rear middle center centre edge corner end part half
-    foreground background inside outside interior exterior distance direction position place spot
-    location area surface row line north south east west angle view perspective photo photograph
-    photography picture image painting drawing illustration artwork art render rendering style scene
-    scenery setting landscape atmosphere ambience mood vibe environment surroundings backdrop
-    composition light lighting sunlight daylight moonlight sunshine darkness brightness glow
-    reflection weather air wind breeze room world nature space day daytime night nighttime morning
-    afternoon evening dusk dawn time moment season color colour shade hue tone pattern texture shape
-    size height length width weight material detail design kind type sort form way manner amount
-    pair couple group bunch lot set series piece bit lots dozen hundred thousand variety collection
-    number range language idea concept thought feeling sense emotion memory dream story music song
-    sound noise smell scent aroma taste tune awe fear joy anger sadness happiness surprise disgust
-    excitement love peace beauty warmth contentment amusement life death power energy strength speed
-    fun work job game play trip journey adventure history information touch ease trick catch break
-    accent mid midair destination tennis skiing surfing snowboarding use addition grasp content rest
-    midst unison conversation joke melody skill dimension role discovery routine elegance comfort
-    sight flavor flavour speech rhythm expression symphony secret heat project call turn wish era
-    wonder testament option sophistication second minute hour week month year limit mess depth
-    thirst sleep beat verse artistry formation contrast cycle event gravity vacation swimming
-    laughing glinting glistening thing nothing object item one other
-""".split()
+RULES = tomllib.loads((ROOT / "entities.toml").read_text(encoding="utf-8"))
+WORDS = {name: set(words.split()) for name, words in RULES["words"].items()}
+COMPOUNDS = [compound.split("_") for compound in sorted(WORDS["compounds"])]
+LAST_WORD = {first + last: last for first, last in COMPOUNDS}
+REWRITES = [(re.compile(pattern, re.I), new) for pattern, new in RULES["rewrites"]["rules"]]
+SPACES = [rf" (?<=\b{first} )(?={last}(?:s|es)?\b)" for first, last in COMPOUNDS]
+REWRITES.append((re.compile("|".join(SPACES), re.I), ""))
+LETTER_OF = {word: kind for kind, words in RULES["letters"].items() for word in words.split()}
 
-# The small parser often takes these for nouns or verbs. An orange is also a fruit.
-COLOURS = """
-    black white red green blue yellow purple cyan magenta orange pink brown grey gray beige
-    turquoise teal violet maroon crimson scarlet navy tan gold golden silver
-""".split()
-ONLY_COLOURS = set(COLOURS) - {"orange"}
-# Adjectives that describe nothing a picture shows.
-NOT_VISUAL = """
-    other same different several many few various own such more most much some any last next first
-    second third able ready available visible close near similar due full sure left right top bottom
-    front back middle upper lower nearby respective made
-""".split()
-NEVER_NOUNS = {*COLOURS, *NOT_VISUAL}
-NOUNS = ("NOUN", "PROPN")
-BEFORE_NOUN = ("compound", "nmod")  # dependencies of a noun on a noun after it
-MADE = ("make", "build", "craft", "carve", "construct")  # "made of wood": the material describes
-PAINTED = ("paint", "color", "colour", "dye")  # "painted red", "painted in red"
+# Letters besides those of entities.toml: B, a verb that describes its subject; x, anything else.
+GRAMMAR = re.compile(
+    r"""
+    (?: B | PI? ) (?P<said> R* N? [AKM] (?: C* R* [AKM] )* ) (?![AKMN])  # is red and round
+  | (?<=[NM]) C? (?P<after> K (?: C* R* [AK] )* ) (?![AKMNCV])  # a car, red and shiny
+  | (?P<made> Y F+ )?
+    (?P<count> D* )
+    (?P<phrase>
+        (?: (?<=D) R* [AK]+ C+ D )?  # a white and a brown horse
+        (?: [RAKMN]* Q F D* )?  # a blue piece of luggage
+        (?: R* [AKMNPY] | (?<=[AKM]) C+ (?= R* [AKM] ) )* [NM]
+      | (?<=D) [RAK]* [AK] [AV] (?![AKMN])  # a red rose: "rose" taken for a verb
+    )
+    (?P<owner> S )?  # the truck's
+    """,
+    re.X,
+)
 
 
 # --------------------------------------------------------------------------------------------------
-# Parse: text -> nouns and what describes them. Each mend of the small parser has its example;
-# `conjuncts` are spaCy's: "round" and "shiny" for the "red" of "red, round and shiny".
+# What the parser reads
 
 
-def next_word(word):
-    """The word after it; for the last the word itself."""
-    return word.doc[min(word.i + 1, len(word.doc) - 1)]
+def as_read(text):
+    """(What the parser reads, the place in `text` of each of its characters)."""
+    places = list(range(len(text)))
+    for pattern, new in REWRITES:
+        for match in reversed(list(pattern.finditer(text))):
+            start, stop = match.span()
+            text = text[:start] + new + text[stop:]
+            places[start:stop] = [places[start]] * len(new)
+    return text, places
 
 
-def first_half(word):
-    """For the "hydrant" of "a fire hydrant", misread as fire's adjective: "fire"; or None."""
-    follows = word.dep_ in ("amod", "appos") and word.head.i == word.i - 1
-    if not follows or word.tag_ == "VBN" or word.lower_ in NEVER_NOUNS:
-        return None
-    return word.head if word.head.tag_ == "NN" and not word.conjuncts else None
+# --------------------------------------------------------------------------------------------------
+# Parsed text -> mentions of things
 
 
-def is_misread_verb(word):
-    """The "scurries" of "a mouse scurries across", misread as a plural: its article says "one"."""
-    if word.tag_ != "NNS" or next_word(word).pos_ not in ("ADP", "ADV"):
-        return False
-    has_subject = any(c.tag_ in ("NN", "NNP") and c.i == word.i - 1 for c in word.lefts)
-    return has_subject and any(child.lower_ in ("a", "an") for child in word.lefts)
+def letter(word):
+    """The letter of spaCy's word in GRAMMAR."""
+    found = LETTER_OF.get(word.lower_) or LETTER_OF.get(word.tag_, "x")
+    is_word = word.is_alpha and max(word.text) < "\u0250"  # in Latin letters
+    if found in "ANV" and not is_word:
+        return "x"
+    is_object = word.dep_ in ("pobj", "dobj") and is_word and not word.is_stop
+    is_noun = word.check_flag(ONLY_NOUN) or word.lemma_ in LAST_WORD
+    following = word.doc[word.i + 1 : word.i + 2].text.lower()
+    if word.lower_ in WORDS["shades"] and LETTER_OF.get(following) == "K":
+        return "A"
+    if (is_object and found in "AVRx") or (is_noun and found == "A"):
+        return "N"
+    return letter_of_verb(word) if found == "V" else found
 
 
-def is_noun(word):
-    """Also the "acorn" of "a brown acorn", misread as an adjective: an article and more precede."""
-    if word.pos_ in NOUNS:
-        return not is_misread_verb(word)
-    may_be_noun = word.tag_ in ("JJ", "JJS", "RB", "PRP") and word.lower_ not in NEVER_NOUNS
-    is_misread = may_be_noun and {child.dep_ for child in word.lefts} > {"det"}
-    return is_misread or first_half(word) is not None
+def letter_of_verb(verb):
+    describes = verb.dep_ in ("amod", "compound") and verb.head.i > verb.i
+    if describes and verb.tag_ in ("VBN", "VBG", "VBD"):  # "burning candles"
+        return "A"
+    if verb.lemma_ in WORDS["copulas"] and subjects(verb):
+        return "B"
+    return "x" if verb.pos_ == "AUX" and verb.tag_ != "MD" else "V"
 
 
-def wrong_head(word):
-    """For the "spoon" of "a wooden spoon and glass bowl", misread as bowl's: "bowl"; or None."""
-    is_last = all(child.dep_ != "conj" for child in word.rights)
-    if word.pos_ not in NOUNS or word.lower_ in COLOURS or is_last:
-        return None
-    first = min([word, *word.conjuncts])
-    return first.head if first.dep_ in BEFORE_NOUN and is_noun(first.head) else None
+def subjects(verb):
+    """Nouns that a verb says something of: "the dog is", "a dog that is"."""
+    found = [child for child in verb.lefts if child.dep_ in ("nsubj", "nsubjpass")]
+    if any(child.tag_ in ("WDT", "WP") for child in found):
+        return [verb.head]
+    return [word for child in found for word in (child, *child.conjuncts)]
 
 
-def is_modifier(word):
-    """The "glass" of "a glass vase", the "fire" of "a fire hydrant": a noun, but no entity."""
-    depends = word.dep_ in (*BEFORE_NOUN, "amod") and word.head.i > word.i and is_noun(word.head)
-    return (depends and not wrong_head(word)) or first_half(next_word(word)) == word
+def negated(doc):
+    """The words that the prompt says are not there: "no chairs", "not wearing a hat"."""
+    words = set()
+    for word in doc:
+        if word.lower_ in WORDS["negations"]:
+            scope = word if word.dep_ == "prep" else word.head
+            words.update(w for w in scope.subtree if w.i >= word.i)
+    return words
 
 
-def coloured_noun(word):
-    """For the "cyan" of "a cyan and red cross": "cross", whatever the parser says; or None."""
-    if word.lower_ not in COLOURS:
-        return None
-    after = word.doc[word.i + 1 :]
-    noun = next((w for w in after if w.lower_ not in (*COLOURS, "and", ",", "-")), None)
-    follows = noun is not None and noun.nbor(-1).lower_ in COLOURS
-    return noun if follows and is_noun(noun) else None
+@dataclass(eq=False)
+class Mention:
+    """A noun where the text names it: spaCy's words."""
+
+    noun: spacy.tokens.Token
+    adjectives: list  # in front of it
+    count: set  # articles, numbers, "its"
+    is_owner: bool = False  # the "truck" of "the truck's wheels"
+    said: list = field(default_factory=list)  # elsewhere: "the truck is red", "a truck, red"
+
+    def is_thing(self):
+        """Whether a picture can show it, as it is used here."""
+        lemma, following = self.noun.lemma_.lower(), self.noun.doc[self.noun.i + 1 :][:1]
+        if lemma not in WORDS["things_if_counted"]:
+            return lemma not in WORDS["not_depictable"]
+        is_counted = self.count - {"the"} or self.noun.tag_ == "NNS"
+        return following.text != "of" and bool(is_counted or (self.count and self.adjectives))
 
 
-def modifiers(noun):
-    """Adjectives and nouns of its phrase, and theirs: "green pine needles", "snow covered hill"."""
-    covered = noun.dep_ == "amod" and noun.tag_ != "VBG"
-    for child in noun.children:
-        if child.dep_ in (*BEFORE_NOUN, "amod") or (covered and child.dep_ == "npadvmod"):
-            for word in (child, *child.conjuncts):
-                if word.i < noun.i or not is_noun(word):
-                    yield word
-                    yield from modifiers(word)
+def is_misread_verb(noun):
+    """Whether a plural after "a" is a verb: the "scurries" of "a mouse scurries across"."""
+    before, following = noun.nbor(-1), noun.doc[noun.i + 1 : noun.i + 2]
+    is_last = all(word.pos_ in ("ADP", "ADV", "PUNCT") for word in following)
+    is_compound = before.tag_ in ("NN", "NNP") and LETTER_OF.get(before.lower_) != "M"
+    return noun.tag_ == "NNS" and is_last and is_compound
 
 
-def phrase_words(noun):
-    """The words that describe a noun in its phrase, to whichever word the parser gives them."""
-    verb = next_word(noun)
-    head = wrong_head(noun) or first_half(noun) or (verb if is_misread_verb(verb) else noun)
-    words = {*modifiers(head)}
-    if head == first_half(noun):
-        words.add(head)
-    phrases = [w.i for child in head.lefts for w in (child, *child.conjuncts) if wrong_head(w)]
-    return {word for word in words if bisect_left(phrases, word.i) == bisect_left(phrases, noun.i)}
-
-
-def verbs_of(noun):
-    """Verbs whose subject the noun is: "the dog is", "a dog that is", "a dog made"."""
-    first = min([noun, *noun.conjuncts])
-    if first.dep_ in ("nsubj", "nsubjpass"):  # "the cat and the dog are black": both
-        yield first.head
-    for child in noun.rights:
-        subjects = [w.tag_ for w in child.children if w.dep_ in ("nsubj", "nsubjpass")]
-        relative = child.dep_ == "relcl" and subjects in (["WDT"], ["WP"])
-        if relative or (child.dep_ == "acl" and child.tag_ == "VBN"):
-            yield child
-
-
-def predicates(verb):
-    """What a verb says of its subject: "looks red and shiny", "was painted red", "made of ice"."""
-    painted = verb.lemma_ in PAINTED
-    for child in verb.rights:
-        if child.dep_ in ("acomp", "oprd", "attr", "dobj" if painted else ""):
-            if child.pos_ == "ADJ" or child.lower_ in COLOURS:
-                yield from (child, *child.conjuncts)
-        elif child.lower_ in ("of", "from", "out", "in") and (painted or verb.lemma_ in MADE):
-            for word in child.subtree:  # "out of ice": one preposition further
-                is_object = word.dep_ == "pobj" and word.head in (child, *child.children)
-                if is_object and (child.lower_ != "in" or word.lower_ in COLOURS):
-                    yield from (word, *modifiers(word))
-
-
-def attributes_of(noun):
-    """All words that describe a noun, in the order of the text."""
-    words = phrase_words(noun)
-    for verb in verbs_of(first_half(noun) or noun):
-        words.update(predicates(verb))
-    nouns = {noun, *words}
-    words = {word for word in words - {noun} if coloured_noun(word) in {None, *nouns}}
-    words.update(word for word in noun.doc[: noun.i] if coloured_noun(word) in nouns)
-    measure = noun.head.head  # "a blue piece of luggage"
-    if noun.dep_ == "pobj" and noun.head.lower_ == "of" and measure.lemma_ in ("pair", "piece"):
-        words.update(modifiers(measure))
-    seen = (word for word in words if word.is_alpha and word.lower_ not in NOT_VISUAL)
-    return sorted(word for word in seen if word.tag_ != "JJR")
-
-
-def is_depictable(noun):
-    lemma = noun.lemma_.lower()
-    is_lamp = lemma == "light" and noun.i > 0 and noun.nbor(-1).lower_ in ("traffic", "street")
-    return is_lamp or (lemma not in NOT_DEPICTABLE and noun.lower_ not in ONLY_COLOURS)
+def is_visual(word):
+    is_word = letter(word) in "AKMNPY"
+    return is_word and word.tag_ != "JJR" and word.lower_ not in WORDS["not_visual"]
 
 
 def parse(doc):
-    """A text parsed by spaCy -> {depictable noun: [its attributes]}, all of them spaCy's tokens."""
-    nouns = [word for word in doc if word.is_alpha and is_noun(word) and not is_modifier(word)]
-    found = {noun: attributes_of(noun) for noun in nouns}
-    described = set().union(*found.values())
-    return {n: words for n, words in found.items() if n not in described and is_depictable(n)}
+    """A text parsed by spaCy -> its Mentions of things, in order."""
+    absent = negated(doc)
+    words = [word for word in doc if word not in absent and not word.is_space]
+    mention_of = {}  # word -> the Mention whose phrase it is in
+    for match in GRAMMAR.finditer("".join(map(letter, words))):
+        part = {name: words[slice(*match.span(name))] for name in match.groupdict()}
+        if part["phrase"] and not part["made"]:
+            *adjectives, noun = part["phrase"]
+            count = {word.lower_ for word in part["count"]}
+            if adjectives and count & {"a", "an"} and is_misread_verb(noun):
+                *adjectives, noun = adjectives
+            visual = list(filter(is_visual, adjectives))
+            mention = Mention(noun, visual, count, is_owner=bool(part["owner"]))
+            mention_of |= dict.fromkeys(part["phrase"], mention)
+            continue
+        first, before = words[match.start()], words[match.start() - 1]
+        said = part["said"] or part["after"] or part["phrase"]
+        for word in subjects(first) or [before]:
+            if word in mention_of:
+                mention_of[word].said.extend(filter(is_visual, said))
+    return [mention for mention in dict.fromkeys(mention_of.values()) if mention.is_thing()]
 
 
 # --------------------------------------------------------------------------------------------------
-# Tokens: words -> indices among CLIP's tokens
+# Mentions -> entities with CLIP's tokens
 
-_warned = False  # of a prompt that is too long
+_said = set()  # of what stderr was told
+
+
+def say_once(kind, prompt, what):
+    if kind not in _said:
+        print(f"entities.py: {prompt[:60]!r}... {what}", file=sys.stderr)
+    _said.add(kind)
 
 
 def fit(prompt, tokenizer):
     """Cuts a prompt to CLIP's context -> (text, its tokens' [(start, end)] in characters)."""
-    global _warned
     text = prompt[:MAX_CHARS].encode("utf-8", "replace").decode()  # half a surrogate pair: "?"
     limit = min(tokenizer.model_max_length, MAX_TOKENS)
     options = {"truncation": True, "max_length": limit, "return_offsets_mapping": True}
@@ -238,31 +213,84 @@ def fit(prompt, tokenizer):
     end = max(stop for _, stop in offsets)
     if prompt[end:].strip():
         text = re.sub(r"\w*$", "", text[: end + 1])  # never half a word
-        if not _warned:
-            what = f"entities.py: {prompt[:60]!r}... is longer than {limit} CLIP tokens"
-            print(f"{what}; words beyond are dropped, in other prompts too", file=sys.stderr)
-        _warned = True
+        what = f"is longer than {limit} CLIP tokens; words beyond are dropped, in other prompts too"
+        say_once("long", prompt, what)
     return text, offsets
 
 
-def tokens_of(words, offsets):
-    """Indices of the tokens that overlap any of the words."""
-    places = {place for word in words for place in range(word.idx, word.idx + len(word))}
+def is_english(doc):
+    """False if words of other languages outnumber the English ones that every sentence has."""
+    foreign = sum(w.lower_ in WORDS["not_english"] or not w.is_ascii for w in doc)
+    english = sum(w.lower_ in WORDS["english"] for w in doc)
+    not_latin = sum(letter > "\u024f" for letter in doc.text)
+    return foreign <= max(1, english) and 2 * not_latin <= len(doc.text)
+
+
+def spans_of(word, text, places):
+    """Where the text has a word, or the words that `as_read` joined: [(start, stop)]."""
+    start, stop = places[word.idx], places[word.idx + len(word) - 1] + 1
+    return [(start + m.start(), start + m.end()) for m in re.finditer(r"\S+", text[start:stop])]
+
+
+def spans_of_thing(mentions, text, places):
+    """(Spans of its noun, of its attributes)."""
+    nouns, attributes = [], set()
+    for mention in mentions:
+        *first, noun = spans_of(mention.noun, text, places)
+        nouns.append(noun)
+        attributes.update(first)
+        for word in mention.adjectives + mention.said:
+            attributes.update(spans_of(word, text, places))
+    return nouns, sorted(attributes)
+
+
+def tokens_of(spans, offsets):
+    """Indices of the tokens that overlap any of the spans."""
+    places = {place for span in spans for place in range(*span)}
     return {i for i, span in enumerate(offsets) if not places.isdisjoint(range(*span))}
 
 
-def locate(nouns, offsets):
-    """{noun: [its attributes]} -> [Entity], no token in two of them."""
-    tokens = {noun: tokens_of([noun, *words], offsets) for noun, words in nouns.items()}
-    owners = Counter(i for indices in tokens.values() for i in indices)
+def same_thing(mentions):
+    """Whether later mentions name the first one again: "a red truck", then "the truck"."""
+    first, *later = mentions
+    known = {word.lower_ for word in first.adjectives}
+    for mention in later:
+        new = {word.lower_ for word in mention.adjectives} - known
+        if new or not mention.count & WORDS["definite"] or mention.noun.lower_ != first.noun.lower_:
+            return False
+    return True
+
+
+def locate(things, text, offsets):
+    """[(spans of a noun, of its attributes)] -> [Entity], no token in two of them."""
+    tokens = [tokens_of(nouns + attributes, offsets) for nouns, attributes in things]
+    owners = Counter(i for indices in tokens for i in indices)
     entities = []
-    for noun, attributes in nouns.items():
-        own = sorted(i for i in tokens[noun] if owners[i] == 1)
-        noun_tokens = sorted(tokens_of([noun], offsets).intersection(own))
+    for (nouns, attributes), indices in zip(things, tokens):
+        own = sorted(i for i in indices if owners[i] == 1)
+        noun_tokens = sorted(tokens_of(nouns, offsets).intersection(own))
         if noun_tokens:
-            words = tuple(word.text for word in attributes)
-            entities.append(Entity(noun.text, words, tuple(own), tuple(noun_tokens)))
+            words = tuple(text[slice(*span)] for span in attributes)
+            entities.append(Entity(text[slice(*nouns[0])], words, tuple(own), tuple(noun_tokens)))
     return entities
+
+
+def read(doc, text, places, offsets):
+    """A parsed text -> (its entities, names that several things have)."""
+    if not is_english(doc):
+        say_once("language", text, "is not English; no entities in it, nor in others like it")
+        return [], []
+    by_name = defaultdict(list)
+    for mention in parse(doc):
+        lemma = mention.noun.lemma_.lower()
+        by_name[LAST_WORD.get(lemma, lemma)].append(mention)
+    things, repeated = [], []
+    for name, mentions in by_name.items():
+        if not same_thing(mentions):
+            repeated.append(name)
+        elif not all(mention.is_owner for mention in mentions):
+            things.append(spans_of_thing(mentions, text, places))
+    return locate(things, text, offsets), repeated
 
 
 # --------------------------------------------------------------------------------------------------
@@ -274,10 +302,14 @@ def load_parser(name=PARSER):
     """The spaCy pipeline `name`. Raises ValueError if it is not installed."""
     try:
         with use_ops("numpy", use_blis=False):  # numpy's matrix product: a third of BLIS's time
-            return spacy.load(name, exclude=["ner"])
+            nlp = spacy.load(name, exclude=["ner"])
     except OSError:
         how = f"pip install -r requirements.txt, or python -m spacy download {name}"
         raise ValueError(f"spaCy model {name!r} is not installed: {how}") from None
+    known = nlp.get_pipe("lemmatizer").lookups.get_table("lemma_index")  # WordNet's
+    only_nouns = {*known["noun"]}.difference(known["adj"])
+    nlp.vocab.add_flag(lambda word: word.lower() in only_nouns, ONLY_NOUN)
+    return nlp
 
 
 @lru_cache
@@ -286,43 +318,51 @@ def load_tokenizer():
     return CLIPTokenizerFast.from_pretrained(ROOT / "weights/clip_tokenizer")
 
 
+def read_all(prompts, nlp=None, tokenizer=None):
+    """(Entities, names that several things have) of each prompt."""
+    nlp, tokenizer = nlp or load_parser(), tokenizer or load_tokenizer()
+    cut = [fit(prompt, tokenizer) for prompt in prompts]
+    rewritten = [as_read(text) for text, _ in cut]
+    docs = nlp.pipe([text for text, _ in rewritten], batch_size=128)
+    found = []
+    for doc, (text, offsets), (_, places) in zip(docs, cut, rewritten):
+        found.append(read(doc, text, places, offsets))
+    return found
+
+
 @lru_cache(maxsize=1 << 16)
 def _read(prompt, nlp, tokenizer):
-    text, offsets = fit(prompt, tokenizer or load_tokenizer())
-    nouns = parse((nlp or load_parser())(text))
-    counts = Counter(noun.lemma_.lower() for noun in nouns)
-    once = {noun: words for noun, words in nouns.items() if counts[noun.lemma_.lower()] == 1}
-    return locate(once, offsets), [lemma for lemma, count in counts.items() if count > 1]
+    return read_all([prompt], nlp, tokenizer)[0]
 
 
 def find_entities(prompt, nlp=None, tokenizer=None):
     """Depictable nouns of a prompt with attributes and CLIP's tokens, in order -> list[Entity].
 
     nlp: a spaCy pipeline; tokenizer: CLIP's, a fast one. Never raises on a string: words beyond
-    the context are dropped, which stderr says once.
+    the context are dropped, and a prompt that is not English has none, which stderr says once.
     """
     return list(_read(prompt, nlp, tokenizer)[0])
 
 
 def find_all(prompts, nlp=None, tokenizer=None):
-    """`find_entities` of each prompt."""
-    return [find_entities(prompt, nlp, tokenizer) for prompt in prompts]
+    """`find_entities` of each prompt, parsed together."""
+    return [entities for entities, _ in read_all(prompts, nlp, tokenizer)]
 
 
 def repeated_nouns(prompt, nlp=None, tokenizer=None):
-    """Lemmas of the nouns that `find_entities` leaves out because they occur more than once."""
+    """Names that `find_entities` leaves out because several things have them."""
     return list(_read(prompt, nlp, tokenizer)[1])
 
 
 def statistics(prompts, nlp=None):
     """How much of a list becomes entities: shares of its prompts, and mean number of entities."""
-    found, count = find_all(prompts, nlp), len(prompts)
-    repeated = [prompt for prompt in prompts if repeated_nouns(prompt, nlp)]
+    entities, repeated = zip(*read_all(prompts, nlp))
+    count = len(prompts)
     return {
         "prompts": count,
-        "with_entity": sum(map(bool, found)) / count,
-        "entities": sum(map(len, found)) / count,
-        "repeated": len(repeated) / count,
+        "with_entity": sum(map(bool, entities)) / count,
+        "entities": sum(map(len, entities)) / count,
+        "repeated": sum(map(bool, repeated)) / count,
     }
 
 

@@ -1,11 +1,13 @@
-"""Scores a run: base against tuned, from the same noise, by several judges.
+"""Scores a run: base against tuned, and training-free methods, from the same noise.
 
     python evaluate.py out/shapes                         the run's own held-out prompts
     torchrun --nproc_per_node 2 evaluate.py out/shapes    the same numbers from two CPU cores
     torchrun --nproc_per_node 8 evaluate.py out/sdxl      T2I-CompBench: 900 prompts, 10 images each
     python evaluate.py out/sdxl --count 20 --to out/look  a quick look
+    python evaluate.py out/shapes --method structured     also both with a training-free method
+    python evaluate.py shapes --method attend-and-excite  a preset: the base without and with it
 
-prints the means, the interval of their difference, and the protocol; writes results.json and
+prints means, intervals of the differences to the base, and the protocol; writes results.json and
 scores.jsonl (one line an image). The scores (without --scores: all, but oracle for prompts of the
 shapes world and vqa for others):
 
@@ -19,19 +21,25 @@ shapes world and vqa for others):
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import tyro
+
+from config import PRESETS, Overrides, portable, unet_and_vae
 
 LISTS = tuple(Path(f"data/t2i_compbench/{kind}_val.txt") for kind in ("color", "shape", "texture"))
 
 
 @dataclass
-class Options:
+class Options(Overrides):
     out: tyro.conf.Positional[Path]
-    """Output folder of train.py."""
+    """Output folder of train.py, or a preset's name for its base alone."""
     checkpoint: str = "latest"
     """Folder name below OUT/checkpoints."""
+    base_only: bool = False
+    """Only the base; needs no checkpoint."""
+    method: tuple[str, ...] = ()
+    """Training-free methods of baselines/training_free.py, each on each model."""
     scores: tuple[str, ...] = ()
     """oracle, vqa, activation, fidelity, and names of rewards."""
     prompts: tuple[Path, ...] = ()
@@ -41,11 +49,10 @@ class Options:
     count: int = 0
     """The first prompts of each list; 0: the run's --eval-count."""
     to: Path | None = None
-    """Folder for the results; None: OUT. It may not hold results of another protocol."""
+    """Folder for the results; None: OUT, for a preset out/NAME-scores. It may not hold results of
+    another protocol."""
     batch: int = 0
     """Images at a time; 0: the run's --batch. Changes no more than last digits."""
-    device: Literal["", "auto", "cuda", "cpu"] = ""
-    """Empty: the run's."""
     vqa: str = "Salesforce/blip-vqa-base"
     """Model of the score vqa: a hub id or a folder."""
 
@@ -72,13 +79,11 @@ import models
 import prompts
 import rewards
 import utils
-from config import unet_and_vae
+from baselines import training_free
 
 SETTINGS = (
     "model scheduler num_steps guidance_scale resolution dtype captioner caption_prefix parser"
 )
-PARTS = "base", "tuned", "difference", "interval"
-SIDES = {"base": None, "tuned": diffusion.ADAPTER}
 OTHER = 700_000_001  # added to a seed for the base's image with another seed
 RESAMPLES, RESAMPLES_FRECHET = 10_000, 200
 
@@ -175,6 +180,7 @@ def vqa_questions(prompt):
     return [re.sub(r'[.!"()*#:;~]', "", question) for question in asked[:8]]
 
 
+@utils.without_tf32()
 def vqa_probabilities(model, tokenizer, image, questions):
     """p(yes) / (p(yes) + p(no)) of questions about one image (3, H, W): (questions,)."""
     if not questions:
@@ -207,18 +213,19 @@ JUDGES = {
 
 
 @torch.no_grad()
-def judge_all(setup, judges, items, adapter, rank, world_size):
-    """Makes and judges images: a row {column: value} for each, on every rank. Batches are dealt out
-    whole, so that no number depends on world_size."""
+def judge_all(setup, judges, items, side, rank, world_size, label="base, other seeds"):
+    """Makes and judges images of a side (adapter, sampler): a row {column: value} for each, on
+    every rank. Batches are dealt out whole, so that no number depends on world_size."""
     config = setup.config
     pipe = setup.pipe
+    adapter, sampler = side
     batch = setup.options.batch or config.batch
     starts = range(rank * batch, len(items.prompts), world_size * batch)
     judged = []
-    for start in tqdm(starts, desc=adapter or "base", disable=rank > 0):
+    for start in tqdm(starts, desc=label, disable=rank > 0):
         part = items.part(slice(start, start + batch))
         drawing = config.guidance_scale, config.resolution, [adapter], part.seeds, batch
-        (z,) = imaging.latents(pipe, setup.plan, part.prompts, *drawing)
+        (z,) = imaging.latents(pipe, setup.plan, part.prompts, *drawing, sampler=sampler)
         images = imaging.decode_all(pipe, z)
         rows = [{} for _ in part.prompts]
         with models.using(pipe, adapter):
@@ -235,21 +242,25 @@ def judge_all(setup, judges, items, adapter, rank, world_size):
 # Numbers
 
 
-def resamples(n, count):
-    """Draws of n prompts with replacement, always the same: indices (count, n)."""
+def entry(mean, base, interval):
+    """What results.json holds of a side's score."""
+    return {"mean": mean, "difference": mean - base, "interval": interval}
+
+
+def compare(sides):
+    """{side: entry} for scores {side: (runs, prompts)}, NaN left out: differences to the first side
+    with 95 % intervals, percentiles over resamples of runs and of prompts, the same for all."""
+    scores = list(sides.values())
+    runs, prompts = scores[0].shape
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(n, (count, n), generator=generator)
-
-
-def compare(base, tuned):
-    """(mean of base, of tuned, 95 % interval of their difference) for scores (prompts, images), NaN
-    left out: percentiles over resamples of the prompts, the same for both."""
-    base, tuned = base.nanmean(1), tuned.nanmean(1)
-    drawn = resamples(len(base), RESAMPLES)
-    differences = tuned[drawn].nanmean(1) - base[drawn].nanmean(1)
+    columns = torch.randint(prompts, (RESAMPLES, 1, prompts), generator=generator)
+    rows = torch.randint(runs, (RESAMPLES, runs, 1), generator=generator)
     ends = torch.tensor([0.025, 0.975])
-    interval = differences.nanquantile(ends)
-    return base.nanmean().item(), tuned.nanmean().item(), interval.tolist()
+    means = [values.nanmean().item() for values in scores]
+    resampled = [values[rows, columns].nanmean((1, 2)) for values in scores]
+    intervals = [(own - resampled[0]).nanquantile(ends).tolist() for own in resampled]
+    entries = [entry(mean, means[0], interval) for mean, interval in zip(means, intervals)]
+    return dict(zip(sides, entries))
 
 
 def frechet_distance(x, y):
@@ -270,26 +281,29 @@ def frechet_distance(x, y):
     return (shift + traces - 2 * common).clamp(min=0).item()
 
 
-def fidelity(base, tuned, other):
-    """(distance of base to other, of tuned to other, interval of their difference) for features
-    (prompts, images, dim). Resampled prompts repeat images, which raises any Frechet distance: only
-    the spread is taken from them, and the interval is +- 1.96 standard deviations."""
-    everyone = torch.arange(len(base))
-    draws = resamples(len(base), RESAMPLES_FRECHET)
-    floors, distances = [], []
-    for drawn in (everyone, *draws):
-        others = other[drawn].flatten(0, 1)
-        floors.append(frechet_distance(base[drawn].flatten(0, 1), others))
-        distances.append(frechet_distance(tuned[drawn].flatten(0, 1), others))
-    differences = torch.tensor(distances) - torch.tensor(floors)
-    spread = 1.96 * differences[1:].std().item()
-    difference = distances[0] - floors[0]
-    interval = [difference - spread, difference + spread]
-    return floors[0], distances[0], interval
+def fidelity(sides, other):
+    """{side: entry} of the distances to `other` for features {side: (prompts, images, dim)}.
+    Resampled prompts repeat images, which raises any Frechet distance: only the spread is taken
+    from them, and the interval is +- 1.96 standard deviations."""
+    count = len(other)
+    generator = torch.Generator().manual_seed(0)
+    resamples = torch.randint(count, (RESAMPLES_FRECHET, count), generator=generator)
+    draws = [torch.arange(count), *resamples]
+    distances = []
+    for features in sides.values():
+        pairs = [(features[drawn].flatten(0, 1), other[drawn].flatten(0, 1)) for drawn in draws]
+        distances.append(torch.tensor([frechet_distance(*pair) for pair in pairs]))
+    entries = []
+    for own in distances:
+        difference, *resampled = own - distances[0]
+        spread = 1.96 * torch.stack(resampled).std()
+        interval = [(difference - spread).item(), (difference + spread).item()]
+        entries.append(entry(own[0].item(), distances[0][0].item(), interval))
+    return dict(zip(sides, entries))
 
 
-def summarise(base, tuned, other=(), images=1):
-    """What results.json holds, from the rows of each side, `images` consecutive ones a prompt. A
+def summarise(judged, other=(), images=1):
+    """{side: {column: entry}} from the rows of each side, `images` consecutive ones a prompt. A
     column that only some rows have is compared over these."""
 
     def values_of(column, rows):
@@ -297,20 +311,19 @@ def summarise(base, tuned, other=(), images=1):
         return torch.stack(values).unflatten(0, (-1, images))
 
     columns = {}
-    for row in base:
+    for row in next(iter(judged.values())):
         columns |= row
-    results = {part: {} for part in PARTS}
+    results = {side: {} for side in judged}
     for column in columns:
-        sides = values_of(column, base), values_of(column, tuned)
+        values = {side: values_of(column, rows) for side, rows in judged.items()}
         if column == "features":
             column = "frechet_distance"
-            before, after, interval = fidelity(*sides, values_of("features", other))
+            entries = fidelity(values, values_of("features", other))
         else:
-            before, after, interval = compare(*sides)
-        numbers = before, after, after - before, interval
-        for part, number in zip(PARTS, numbers):
-            results[part][column] = number
-    return {"n": len(base) // images, **results}
+            entries = compare({side: scores.nanmean(1)[None] for side, scores in values.items()})
+        for side, found in entries.items():
+            results[side][column] = found
+    return results
 
 
 # --------------------------------------------------------------------------------------------------
@@ -345,6 +358,7 @@ def choose_scores(options, readable):
 
 def plan_scoring(options, config, oracle):
     """(Items, protocol). Raises ValueError naming the file or flag."""
+    training_free.check(options.method)
     if min(options.images, options.count, options.batch) < 0:
         raise ValueError("--images, --count, --batch: cannot be negative")
     asked = read_lists(options, config)
@@ -365,10 +379,11 @@ def plan_scoring(options, config, oracle):
         "prompts": dict(Counter(name for name, _ in asked)),
         "images_per_prompt": images,
         "seeds": f"{seed} to {items.seeds[-1]}",
-        "checkpoint": checkpoint.resolve().name,
-        **{name: getattr(config, name) for name in SETTINGS.split()},
-        "unet": unet or config.model,
-        "vqa": options.vqa,
+        "checkpoint": "none" if options.base_only else checkpoint.resolve().name,
+        "methods": {name: training_free.METHODS[name].keywords for name in options.method},
+        **{name: portable(getattr(config, name)) for name in SETTINGS.split()},
+        "unet": portable(unet or config.model),
+        "vqa": portable(options.vqa),
         "intervals": f"95 %, {RESAMPLES} bootstrap resamples of prompts, paired by prompt and seed",
     }
     return items, protocol
@@ -381,48 +396,58 @@ def as_json(value, indent=None):
 
 
 def show(results):
-    """Prints a line for each score, then the protocol."""
+    """Prints a line for each score and side, then the protocol."""
+    sides = results["sides"]
+    width = max(map(len, sides))
     title = f"prompts, n = {results['n']}"
-    print(f"{title:<27}    base       tuned  difference  95 % interval")
-    for column in results["base"]:
-        *numbers, interval = [results[part][column] for part in PARTS]
-        line = "{:<27} {:7.4f} -> {:8.4f} {:+11.4f}  [{:+.4f}, {:+.4f}]"
-        print(line.format(column, *numbers, *interval))
+    print(f"{title:<27} {'':<{width}}      mean  difference  95 % interval")
+    for column in next(iter(sides.values())):
+        for side, scores in sides.items():
+            mean, difference, (low, high) = scores[column].values()
+            numbers = f"{mean:9.4f} {difference:+11.4f}  [{low:+.4f}, {high:+.4f}]"
+            print(f"{column:<27} {side:<{width}} {numbers}")
     for key, value in results["protocol"].items():
         print(f"  {key}: {value}")
 
 
-def evaluate(setup, rank=0, world_size=1):
-    """Scores the adapter `comat` against its base, all ranks together. Rank 0 prints the table and
-    writes the files."""
-    folder = setup.options.to or setup.options.out
-    items, protocol = plan_scoring(setup.options, setup.config, setup.oracle)
-    if folder.exists() and not os.access(folder, os.W_OK):  # known before the work, not after
-        raise ValueError(f"{folder}: cannot be written; give --to another folder")
-    results = folder / "results.json"
-    if results.exists():
-        before = json.loads(results.read_text())
-        if before["protocol"] != protocol:
-            raise ValueError(f"{results}: of another protocol; give --to another folder")
-    judges = [JUDGES[name] for name in protocol["scores"]]
-    sides = {}
-    for side, adapter in SIDES.items():
-        sides[side] = judge_all(setup, judges, items, adapter, rank, world_size)
-    if judge_features in judges:
-        others = items._replace(seeds=[seed + OTHER for seed in items.seeds])
-        sides["other"] = judge_all(setup, [judge_features], others, None, rank, world_size)
-    if rank > 0:
-        return
+def as_lines(items, judged):
+    """scores.jsonl: the sides of an image one after another."""
     lines = []
     for i, (name, prompt, seed) in enumerate(zip(*items)):
-        for model in SIDES:
-            row = {"list": name, "prompt": prompt, "seed": seed, "model": model}
-            row |= sides[model][i]
+        for side, rows in judged.items():
+            row = {"list": name, "prompt": prompt, "seed": seed, "side": side, **rows[i]}
             row.pop("features", None)
             lines.append(as_json(row))
-    utils.write(folder / "scores.jsonl", "".join(lines))
-    summary = summarise(*sides.values(), images=protocol["images_per_prompt"])
-    summary["protocol"] = protocol
+    return "".join(lines)
+
+
+def evaluate(setup, rank=0, world_size=1):
+    """Scores the base, the adapter `comat` if there is one, and both with each method, all ranks
+    together. Rank 0 prints the table and writes the files."""
+    options = setup.options
+    is_preset = str(options.out) in PRESETS
+    folder = options.to or (Path(f"out/{options.out}-scores") if is_preset else options.out)
+    items, protocol = plan_scoring(options, setup.config, setup.oracle)
+    protocol = json.loads(as_json(protocol))
+    utils.check_writable("--to", folder)  # known before the work, not after
+    results = folder / "results.json"
+    if results.exists() and json.loads(results.read_text())["protocol"] != protocol:
+        raise ValueError(f"{results}: of another protocol; give --to another folder")
+    judges = [JUDGES[name] for name in protocol["scores"]]
+    adapters = {"base": None} if options.base_only else {"base": None, "tuned": diffusion.ADAPTER}
+    sides = training_free.sides(adapters, options.method, setup.config.parser)
+    judged, other = {}, []
+    for label, side in sides.items():
+        judged[label] = judge_all(setup, judges, items, side, rank, world_size, label)
+    if judge_features in judges:
+        others = items._replace(seeds=[seed + OTHER for seed in items.seeds])
+        other = judge_all(setup, [judge_features], others, sides["base"], rank, world_size)
+    if rank > 0:
+        return
+    utils.write(folder / "scores.jsonl", as_lines(items, judged))
+    images = protocol["images_per_prompt"]
+    scores = summarise(judged, other, images)
+    summary = {"n": len(items.prompts) // images, "sides": scores, "protocol": protocol}
     utils.write(results, as_json(summary, indent=2))
     show(summary)
 
@@ -430,9 +455,11 @@ def evaluate(setup, rank=0, world_size=1):
 def main(options):
     from shapes import world
 
-    rank, world_size = utils.join(options.device, minutes=8 * 60)  # ranks meet at the end only
-    run = models.open_run(options.out, options.checkpoint, device=options.device)
+    options = replace(options, base_only=options.base_only or str(options.out) in PRESETS)
+    source = options.checkpoint, (), options.base_only
+    run = models.open_run(options.out, *source, **options.overrides())
     setup = Setup(options, *run, world)
+    rank, world_size = utils.join(setup.pipe.device, minutes=8 * 60)  # they meet at the end only
     on_cpu = setup.pipe.device.type == "cpu"  # there last digits depend on the number of threads
     torch.set_num_threads(1 if on_cpu else os.cpu_count())
     evaluate(setup, rank, world_size)

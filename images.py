@@ -14,15 +14,16 @@ from diffusers.utils.torch_utils import randn_tensor
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torchvision.transforms.functional import to_pil_image
-from tqdm import tqdm
 
 import attention
 import diffusion
 import models
+from config import portable
 from diffusion import ADAPTER
-from utils import write
+from utils import whole_file, write
 
 SEED = 1_000_000_007  # first seed of grids and scores, apart from every training seed's
 RENOISE = 500_000_003  # added to an image's seed: the noise under which attention is measured
@@ -37,36 +38,35 @@ def generators_of(seeds):
 
 
 @torch.no_grad()
-def over_batches(pipe, prompts, adapters, work, batch=8, progress=""):
-    """Calls work(name, part, text) -> (B, ...) for each slice `part` of the prompts, encoded as
-    `text`, under each adapter (None: the original model). Returns a tensor (N, ...) per adapter."""
-    results = {name: [] for name in adapters}
-    starts = range(0, len(prompts), batch)
-    for start in tqdm(starts, desc=progress, disable=not progress):
-        part = slice(start, start + batch)
-        for name in adapters:
-            with models.using(pipe, name):
-                text = diffusion.encode(pipe, prompts[part])
-                result = work(name, part, text)
-            results[name].append(result)
-    return [torch.cat(parts) for parts in results.values()]
-
-
 def latents(
-    pipe, plan, prompts, guidance_scale, resolution, adapters=BOTH, seeds=None, batch=8, progress=""
+    pipe,
+    plan,
+    prompts,
+    guidance_scale,
+    resolution,
+    adapters=BOTH,
+    seeds=None,
+    batch=8,
+    sampler=diffusion.sample,
+    negative="",
 ):
-    """Finished latents (N, 4, h, w) per adapter, all from the same noise. seeds: one an image."""
+    """Finished latents (N, 4, h, w) per adapter (None: the original model), all from the same
+    noise. seeds: one an image; sampler: diffusion.sample, or what takes and returns the same;
+    negative: in the null prompt's place."""
     size = (resolution, resolution)
     if seeds is None:
         seeds = range(SEED, SEED + len(prompts))
-
-    def draw(name, part, text):
-        generators = generators_of(seeds[part])
-        noise = diffusion.initial_noise(pipe, size, generators)
-        z, _ = diffusion.sample(pipe, plan, text, noise, generators, guidance_scale)
-        return z
-
-    return over_batches(pipe, prompts, adapters, draw, batch, progress)
+    results = {name: [] for name in adapters}
+    for start in range(0, len(prompts), batch):
+        part = slice(start, start + batch)
+        for name in adapters:
+            generators = generators_of(seeds[part])
+            noise = diffusion.initial_noise(pipe, size, generators)
+            with models.using(pipe, name):
+                text = diffusion.encode(pipe, prompts[part], negative)
+                z, _ = sampler(pipe, plan, text, noise, generators, guidance_scale)
+            results[name].append(z)
+    return [torch.cat(parts) for parts in results.values()]
 
 
 def generate(pipe, *arguments, **options):
@@ -77,9 +77,15 @@ def generate(pipe, *arguments, **options):
 
 @torch.no_grad()
 def decode_all(pipe, z, batch=8):
-    """Latents (N, 4, h, w) -> images (N, 3, H, W) in [0, 1], fp32, on the CPU."""
-    images = [diffusion.decode(pipe, part).cpu() for part in z.split(batch)]
-    return torch.cat(images)
+    """Latents (N, 4, h, w) -> images (N, 3, H, W) in [0, 1], fp32, on the CPU. Raises ValueError if
+    they are not finite."""
+    images = torch.cat([diffusion.decode(pipe, part).cpu() for part in z.split(batch)])
+    if not images.isfinite().all():
+        raise ValueError(
+            "an image is not finite: the model or its LoRA is damaged, or the VAE overflows; "
+            "SDXL's does not with train.py --vae madebyollin/sdxl-vae-fp16-fix"
+        )
+    return images
 
 
 def to_pil(image):
@@ -93,7 +99,8 @@ def save_png(image, path, **metadata):
     info = PngInfo()
     for key, value in metadata.items():
         info.add_itxt(key, str(value))
-    to_pil(image).save(path, pnginfo=info)
+    with whole_file(path) as file:
+        to_pil(image).save(file, "PNG", pnginfo=info)
 
 
 def grid(prompts, rows, columns=4):
@@ -119,7 +126,8 @@ def grid(prompts, rows, columns=4):
         for label, images in rows.items():
             if column == 0:
                 middle = y + side // 2
-                pen.text((8, middle), label, "black", font, "lm")
+                lines = textwrap.fill(label.replace("+", " +"), 9)
+                pen.multiline_text((8, middle), lines, "black", font, "lm")
             picture = to_pil(images[i])
             grows = picture.width < side
             method = Image.NEAREST if grows else Image.LANCZOS
@@ -138,17 +146,26 @@ def reference_latents(pipe, plan, config, prompts):
     folder = Path(config.references) / recipe_hash(pipe, config)
     names = {prompt: short_hash(prompt) for prompt in prompts}
     files = {prompt: folder / f"{name}.safetensors" for prompt, name in names.items()}
-    missing = [prompt for prompt, file in files.items() if not file.exists()]
+    known = {prompt: read_latent(file) for prompt, file in files.items()}
+    missing = [prompt for prompt, latent in known.items() if latent is None]
     if missing:  # all are drawn: an image's last digits depend on its batch
         seeds = [int(name[:14], 16) for name in names.values()]
         how = config.guidance_scale, config.resolution, (None,), seeds, len(names)
         (drawn,) = latents(pipe, plan, list(names), *how)
         by_prompt = dict(zip(names, drawn))
         for prompt in missing:
-            latent = by_prompt[prompt].cpu().contiguous()
-            write(files[prompt], save({"z": latent}))
-    references = [load_file(files[prompt])["z"] for prompt in prompts]
+            known[prompt] = by_prompt[prompt].cpu().contiguous()
+            write(files[prompt], save({"z": known[prompt]}))
+    references = [known[prompt] for prompt in prompts]
     return torch.stack(references).to(pipe.unet.device)
+
+
+def read_latent(file):
+    """The latents in a file, or None if it is not there or damaged."""
+    try:
+        return load_file(file)["z"]
+    except (OSError, SafetensorError, KeyError):
+        return None
 
 
 def recipe_hash(pipe, config):
@@ -156,7 +173,7 @@ def recipe_hash(pipe, config):
     ends = pipe.unet.conv_in, pipe.unet.conv_out
     recipe = [layer.weight.double().sum().item() for layer in ends]
     fields = "model unet revision resolution scheduler num_steps guidance_scale dtype"
-    recipe += [getattr(config, field) for field in fields.split()]
+    recipe += [portable(getattr(config, field)) for field in fields.split()]
     return short_hash(repr(recipe))
 
 

@@ -18,34 +18,34 @@ def token_loss_paper(attention, tokens, masks):
     """Maps averaged over heads; per entity the sum over its tokens of the share of attention that
     falls outside its mask; mean over entities, then over layers."""
     layers = []
-    for maps in attention.values():
-        average = maps.float().mean(0, keepdim=True)
-        shares = shares_outside(average, tokens, masks)
-        per_entity = torch.stack([share.sum() for share in shares])
-        layers.append(per_entity.mean())
-    return torch.stack(layers).mean()
+    for maps in grouped(mean_over_heads(attention), shape):
+        shares = shares_outside(maps, tokens, masks)
+        per_entity = torch.stack([share.sum(-1) for share in shares])
+        layers.append(per_entity.mean(0))
+    return torch.cat(layers).mean()
 
 
 def token_loss_official(attention, tokens, masks):
     """The share inside averaged over heads; the share outside squared; mean over an entity's tokens
     and over entities; sum over layers."""
     layers = []
-    for maps in attention.values():
-        shares = shares_outside(maps.float(), tokens, masks)
-        per_entity = torch.stack([share.square().mean() for share in shares])
-        layers.append(per_entity.mean())
-    return torch.stack(layers).sum()
+    for maps in grouped(attention, shape):
+        shares = shares_outside(maps, tokens, masks)
+        per_entity = torch.stack([share.square().mean(-1) for share in shares])
+        layers.append(per_entity.mean(0))
+    return torch.cat(layers).sum()
 
 
 def shares_outside(maps, tokens, masks):
-    """Per entity the share of each of its tokens' attention outside its mask, mean over heads."""
+    """Per entity the share of its tokens' attention outside its mask, mean over heads: (layers,
+    tokens of the entity). maps: (layers, heads, h, w, text tokens)."""
     shares = []
-    resized = resize_masks(masks, maps.shape[1:3])
+    resized = resize_masks(masks, maps.shape[2:4])
     for mask, indices in zip(resized, tokens):
-        a = maps[..., list(indices)]  # (heads, h, w, tokens of the entity)
-        total = a.sum((1, 2)).clamp(min=1e-8)
-        inside = (a * mask[..., None]).sum((1, 2))
-        shares.append(1 - (inside / total).mean(0))
+        a = maps[..., list(indices)]
+        total = a.sum((2, 3)).clamp(min=1e-8)
+        inside = (a * mask[..., None]).sum((2, 3))
+        shares.append(1 - (inside / total).mean(1))
     return shares
 
 
@@ -53,29 +53,41 @@ def pixel_loss_paper(attention, tokens, masks):
     """Binary cross-entropy of an entity's summed attention against its mask, mean over pixels and
     entities; maps of one resolution are averaged first, and the mean is over resolutions. An absent
     entity has an empty mask and counts."""
-    groups = average_by(attention, lambda name, maps: maps.shape[1:3])
+    groups = grouped(mean_over_heads(attention), shape)
     terms = [cross_entropy(maps, tokens, masks) for maps in groups]
     return torch.stack(terms).mean()
 
 
 def pixel_loss_official(attention, tokens, masks):
     """The same, with a group per resolution and place (mid, up), summed over groups."""
-    groups = average_by(attention, lambda name, maps: (name.split("_")[0], maps.shape[1:3]))
+    groups = grouped(mean_over_heads(attention), place_and_shape)
     terms = [cross_entropy(maps, tokens, masks) for maps in groups]
     return torch.stack(terms).sum()
 
 
-def average_by(attention, key):
-    """Maps averaged over heads and over the layers of one key: a list of (h, w, text tokens)."""
+def mean_over_heads(attention):
+    return {name: maps.float().mean(0, keepdim=True) for name, maps in attention.items()}
+
+
+def grouped(attention, key):
+    """The maps of the layers of one key, stacked: a list of (layers, heads, h, w, text tokens)."""
     groups = defaultdict(list)
     for name, maps in attention.items():
-        average = maps.float().mean(0)
-        groups[key(name, maps)].append(average)
-    return [torch.stack(group).mean(0) for group in groups.values()]
+        groups[key(name, maps)].append(maps.float())
+    return [torch.stack(group) for group in groups.values()]
+
+
+def shape(name, maps):
+    return maps.shape
+
+
+def place_and_shape(name, maps):
+    return name.split("_")[0], maps.shape
 
 
 def cross_entropy(maps, tokens, masks):
-    summed = [maps[..., list(indices)].sum(-1) for indices in tokens]
+    average = maps.mean((0, 1))  # (h, w, text tokens)
+    summed = [average[..., list(indices)].sum(-1) for indices in tokens]
     p = torch.stack(summed).clamp(1e-6, 1 - 1e-6)
     mask = resize_masks(masks, p.shape[1:])
     log_likelihood = torch.where(mask > 0, p.log(), (1 - p).log())

@@ -46,9 +46,9 @@ import entities
 import prompts as prompt_lists
 import utils
 from models import check_tokenizer, load_whole, naming
-from shapes import world
 
 MAX_CAPTION = 256  # tokens that GroundingDINO reads; nouns beyond them are not found
+MAX_RATIO = 16  # of an image's sides: GroundingDINO would shrink the shorter one to nothing
 MAX_BOXES = 64  # an image, the best: bounds SAM's memory if a threshold lets all 900 through
 
 
@@ -119,6 +119,8 @@ def caption_of(nouns, tokenizer):
 def load_segmenter(config, device):
     """What --segmenter names, on a torch.device; `masks` as in GroundedSAM. Raises ValueError."""
     if config.segmenter != "grounded-sam":
+        from shapes import world  # the only segmenter besides
+
         with naming("segmenter", config.segmenter):
             return world.Segmenter.load(config.segmenter).to(device)
     with naming("dino", config.dino):
@@ -130,6 +132,16 @@ def load_segmenter(config, device):
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.dtype)
     thresholds = config.box_threshold, config.text_threshold
     return GroundedSAM(dino, tokenizer, sam, *thresholds, dtype).to(device)
+
+
+def read_image(path):
+    """A PIL image, upright. Raises ValueError."""
+    with naming("image", path):
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    if max(image.size) > MAX_RATIO * min(image.size):
+        width, height = image.size
+        raise ValueError(f"--image {path}: {width} x {height}; at most {MAX_RATIO} : 1 is read")
+    return image
 
 
 def main(options):
@@ -145,12 +157,17 @@ def main(options):
     nouns = [entity.noun for entity in entities.show_entities(options.prompt, nlp)]
     if not (options.image and nouns):
         return
-    with naming("image", options.image):
-        image = ImageOps.exif_transpose(Image.open(options.image)).convert("RGB")
+    image = read_image(options.image)
+    kind = Image.registered_extensions().get(options.to.suffix.lower())
+    if options.to.is_dir() or not kind:
+        raise ValueError(f"--to {options.to}: a picture's name, such as masks.png, is expected")
+    utils.check_writable("--to", options.to.parent)  # known before the work, not after
     device = utils.choose_device(options)
     pixels = pil_to_tensor(image)[None].to(device) / 255
     masks = load_segmenter(options, device).masks(pixels, [nouns])[0]
-    figures.mask_overlay(image, masks, nouns).save(options.to)
+    picture = figures.mask_overlay(image, masks, nouns)
+    with utils.whole_file(options.to) as file:
+        picture.save(file, kind)
     for noun, mask in zip(nouns, masks):
         print(f"{noun:16}{100 * mask.mean():.1f} % of the image")
     print(options.to)

@@ -9,15 +9,14 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft.utils import get_peft_model_state_dict
 
 import diffusion
-from config import PRESETS, unet_and_vae
+import lora
+from config import PRESETS, check_ranges, unet_and_vae
 from utils import choose_device, first_line, load_config
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 # --------------------------------------------------------------------------------------------------
@@ -179,35 +178,48 @@ def freeze(pipe):
 # Runs and LoRA files
 
 
-def open_run(out, checkpoint="latest", num_steps=0, lora="", base_only=False, device=""):
-    """(config, pipeline, Schedule) of an output folder, or, with lora or base_only, of a preset's
-    name. The pipeline's adapter `comat` is the checkpoint, or lora (folder, file or hub id); with
-    base_only there is none. num_steps, device: 0 and "" take the run's. Raises ValueError."""
+def open_run(out, checkpoint="latest", loras=(), base_only=False, **overrides):
+    """(config, pipeline, Schedule) of an output folder, or, with loras or base_only, of a preset's
+    name. The pipeline's adapter `comat` is the checkpoint, or the sum of loras (what lora.read
+    takes); with base_only there is none. overrides: fields of the Config. Raises ValueError."""
     out = Path(out)
     if (out / "config.json").is_file():
-        config = load_config(out / "config.json")
+        config = replace(load_config(out / "config.json"), out=out)
     elif str(out) not in PRESETS:
         raise ValueError(
             f"{out}: not an output folder of train.py (no config.json), nor a preset: "
             f"{', '.join(PRESETS)}"
         )
-    elif lora or base_only:
+    elif loras or base_only:
         config = PRESETS[str(out)][1]
     else:
         raise ValueError(f"{out}: a preset has no checkpoint; give --base-only, --lora, or a run")
-    source = "" if base_only else lora or find_checkpoint(out, checkpoint)
-    steps, device = num_steps or config.num_steps, device or config.device
-    config = replace(config, num_steps=steps, device=device)
+    flag, sources = "lora", loras
+    if not loras and not base_only:
+        flag, sources = "checkpoint", [find_checkpoint(out, checkpoint)]
+    config = replace(config, **overrides)
+    check_ranges(config)
     pipe, plan = open_pipeline(config)
-    if source:
-        load_lora(pipe, source, "lora" if lora else "checkpoint")
+    if sources:
+        add_loras(pipe, sources, flag)
     return config, pipe, plan
+
+
+def add_loras(pipe, sources, flag):
+    """Adds the sum of LoRAs to the pipeline as its adapter `comat`, in fp32 as in training."""
+    loras = []
+    for source in sources:
+        path, strength = lora.split_strength(source)
+        with naming(flag, path):
+            loras.append(lora.read(pipe, path, strength))
+    lora.add(pipe, loras, diffusion.ADAPTER)
+    diffusion.adapter_in_fp32(pipe.unet, diffusion.ADAPTER)
 
 
 def find_checkpoint(out, name):
     """The folder of a whole checkpoint of a run; ValueError says what there is instead."""
     folder = out / "checkpoints" / name
-    if (folder / LORA_FILE).is_file() and not name.startswith("."):
+    if (folder / lora.FILE).is_file() and not name.startswith("."):
         return folder
     have = sorted(path.name for path in (out / "checkpoints").glob("step-*"))
     there = f"there are {', '.join(have)}" if have else "there is none; train first"
@@ -219,47 +231,6 @@ def save_adapter(pipe, folder, name):
     state = get_peft_model_state_dict(pipe.unet, adapter_name=name)
     layers = {k: v.contiguous() for k, v in convert_state_dict_to_diffusers(state).items()}
     pipe.save_lora_weights(folder, unet_lora_layers=layers)
-
-
-def load_adapter(pipe, folder, name):
-    """Reads what save_adapter wrote into an adapter that is there."""
-    state = load_file(folder / LORA_FILE)  # pipe.lora_state_dict would read any other file there
-    state = {key.removeprefix("unet."): value for key, value in state.items()}
-    set_peft_model_state_dict(pipe.unet, convert_unet_state_dict_to_peft(state), name)
-
-
-def load_lora(pipe, source, flag):
-    """Loads a LoRA (folder, file or hub id; diffusers' and kohya's formats) as the pipeline's
-    adapter `comat`, in fp32."""
-    with naming(flag, source):
-        state = pipe.lora_state_dict(str(source), unet_config=pipe.unet.config)
-        check_lora(pipe.unet, state[0] if isinstance(state, tuple) else state)
-        pipe.load_lora_weights(str(source), adapter_name=diffusion.ADAPTER)
-    diffusion.adapter_in_fp32(pipe.unet, diffusion.ADAPTER)  # as in training
-
-
-def check_lora(unet, state):
-    """Refuses a LoRA with a tensor that has no layer in the UNet, or another shape: diffusers loads
-    what fits and only warns of the rest."""
-    state = {k.removeprefix("unet."): v for k, v in state.items() if k.startswith("unet.")}
-    if not any("lora_A" in key for key in state):
-        state = convert_unet_state_dict_to_peft(state)
-    sizes = {}
-    for name, module in unet.named_modules():
-        if hasattr(module, "weight") and module.weight is not None:
-            outputs, *inputs = module.weight.shape
-            sizes[f"{name}.lora_A.weight"] = inputs[:1]  # A: (rank, inputs, ...)
-            sizes[f"{name}.lora_B.weight"] = [outputs]  # B: (outputs, rank, ...)
-    matrices = [key for key in state if key.endswith(("lora_A.weight", "lora_B.weight"))]
-    if not matrices:
-        raise ValueError("it holds no LoRA for a UNet")
-    for key in matrices:
-        axis = 1 if "lora_A" in key else 0
-        if sizes.get(key) != [state[key].shape[axis]]:
-            raise ValueError(
-                f"made for another architecture: {key} has {state[key].shape[axis]} features, "
-                f"this base {sizes.get(key, 'no such layer')}"
-            )
 
 
 @contextmanager

@@ -27,12 +27,15 @@ if __name__ == "__main__":
     options = tyro.cli(Options, description=__doc__)
 
 
+import csv
+import gzip
 import http.client
 import io
 import json
 import random
 import re
 import unicodedata
+import zlib
 from functools import lru_cache
 from hashlib import sha256
 from urllib.request import urlopen
@@ -50,46 +53,96 @@ KINDS = "color shape texture spatial non_spatial complex numeracy 3d_spatial".sp
 # Reading and dealing out
 
 
+FIELDS = "prompt prompts text caption synthetic_prompt meta_prompt".split()  # the last two: HRS
+
+
 def read(path):
-    """The prompts of a text file, one a line, or of a .jsonl with a field "prompt" -> list[str].
-    ValueError names the file, and the line, that is missing, empty, not UTF-8 or not JSON."""
+    """The prompts of a list -> list[str]. A text file has one a line, # starts a comment; .csv,
+    .tsv, .json, .jsonl and .ndjson have a column or field of FIELDS, in any case, the first that is
+    there; each may be .gz. ValueError names the file, and the line, that cannot be read."""
     path = Path(path)
+    text = text_of(path)
+    kind = Path(path.name.lower().removesuffix(".gz")).suffix
+    if kind in (".csv", ".tsv", ".json", ".jsonl", ".ndjson"):
+        prompts = [prompt_of(row, where) for where, row in rows_of(text, kind, path)]
+    else:
+        prompts = [line for line in lines_of(text) if not line.startswith("#")]
+    if not any(prompts):
+        raise ValueError(f"{path}: no prompts in it; one prompt a line is expected")
+    return list(filter(None, prompts))
+
+
+def text_of(path):
     try:
         if path.exists() and not path.is_file():  # to read a pipe may take for ever
             raise ValueError(f"{path}: a folder, pipe or device; a list of prompts is expected")
         data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-    prompts = [prompt for prompt in lines_of(data, path) if prompt]
-    if not prompts:
-        raise ValueError(f"{path}: no prompts in it; one prompt a line is expected")
-    return prompts
+        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or f"a damaged .gz ({error})"
+        raise ValueError(f"{path}: {reason}") from error
+    return decode(data, path)
 
 
-def lines_of(data, path):
-    """The stripped lines, or prompts of .jsonl, in bytes; only \\n, \\r\\n and \\r end a line."""
-    if b"\0" in data or data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError(f"{path}: UTF-16 or no text; convert it: iconv -f UTF-16 -t UTF-8")
+def decode(data, path):
+    """UTF-8 -> text; what is no text is refused by what it is."""
+    if data.startswith(b"PAR1"):
+        how = "pip install pandas pyarrow, then pandas.read_parquet(FILE).to_csv(FILE.csv)"
+        raise ValueError(f"{path}: parquet; make it a .csv: {how}")
+    half_empty = b"\0" in data and not (any(data[::2]) and any(data[1::2]))
+    if half_empty or data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{path}: UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
+    if b"\0" in data or data.startswith(b"\x80"):  # what pickle writes
+        raise ValueError(f"{path}: no text (weights, a picture?); a list of prompts is expected")
     try:
-        text = data.decode()
+        return data.decode()
     except UnicodeDecodeError as error:
         number = len(data[: error.start + 1].splitlines())
         raise ValueError(f"{path}: not UTF-8 (line {number}); convert it with iconv") from error
-    lines = [line.removeprefix("\ufeff").strip() for line in io.StringIO(text, newline=None)]
-    if Path(path).suffix != ".jsonl":
-        return lines
-    return [json_prompt(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line]
 
 
-def json_prompt(line, where):
+def lines_of(text):
+    """The stripped lines; only \\n, \\r\\n and \\r end a line."""
+    return [line.removeprefix("\ufeff").strip() for line in io.StringIO(text, newline=None)]
+
+
+def rows_of(text, kind, path):
+    """Yields (where it is, a row of a table, of a JSON array or of lines of JSON)."""
+    if kind in (".jsonl", ".ndjson"):
+        for number, line in enumerate(lines_of(text), 1):
+            if line:
+                where = f"{path}, line {number}"
+                yield where, parse(json.loads, line, where, "JSON")
+    elif kind == ".json":
+        rows = parse(json.loads, text.removeprefix("\ufeff"), path, "JSON")
+        for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
+            yield f"{path}, entry {number}", row
+    else:
+        lines = io.StringIO(text.removeprefix("\ufeff"), newline="")
+        table = csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t")
+        for row in parse(list, table, path, "a table"):
+            yield path, row
+
+
+def parse(function, text, where, what):
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise ValueError(f'{where}: a JSON object with a text field "prompt" is expected')
-    check_text(row["prompt"], where)
-    return " ".join(row["prompt"].split())  # a prompt is one line
+        return function(text)
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise ValueError(f"{where}: not {what} ({error})") from error
+
+
+def prompt_of(row, where):
+    """A row is a string or has one in a field; a prompt is one line."""
+    if isinstance(row, dict):
+        names = {str(name).strip().lower(): name for name in row}
+        known = [names[field] for field in FIELDS if field in names]
+        if not known:
+            raise ValueError(f"{where}: no field prompt, text or caption, but {[*names]}")
+        row = row[known[0]]
+    if not isinstance(row, str):
+        raise ValueError(f'{where}: an object with a text field "prompt" is expected')
+    check_text(row, where)
+    return " ".join(row.split())
 
 
 def check_text(prompt, where):
@@ -141,7 +194,7 @@ def download(address, path, digest=""):
             data = file.read()
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise ValueError(f"cannot fetch {address} ({error}); place it by hand at {path}") from error
-    lines = lines_of(data, path)
+    lines = lines_of(decode(data, path))
     if len(lines) < 250 or digest not in ("", sha256(data).hexdigest()):
         where = address if fetched else f"{path} (delete it)"
         raise ValueError(f"{where}: a wrong file, {len(lines)} lines")

@@ -62,6 +62,7 @@ class Blip:
             input_ids=ids,
             attention_mask=text.attention_mask,
             encoder_hidden_states=self.vision(images).last_hidden_state,
+            use_cache=False,
         ).logits
         nll = F.cross_entropy(
             logits[:, :-1].float().transpose(1, 2),
@@ -103,7 +104,11 @@ class Blip:
 def load_blip(config, device):
     dtype, source = getattr(torch, config.dtype), config.captioner
     loaded = load_blip_model("captioner", BlipForConditionalGeneration, source, device, dtype)
-    return Blip(*loaded, config.caption_prefix, config.caption_reduction, config.label_smoothing)
+    blip = Blip(*loaded, config.caption_prefix, config.caption_reduction, config.label_smoothing)
+    _, scored = blip.tokenize(["a"])
+    if scored.sum() < 2:
+        raise ValueError("--caption-prefix: so long that it leaves the captioner no prompt to read")
+    return blip
 
 
 class Clip:

@@ -22,6 +22,8 @@ import math
 import random
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -230,20 +232,19 @@ def attention_loss_of(run, images, prompts, steps):
         nouns.append([entity.noun for entity in of_prompt])
     entity_masks = run.segmenter.masks(images, nouns)
 
-    def loss(maps):
-        return attention_losses(run, maps, entities, entity_masks)
+    blocks, measured = run.config.attention_blocks, run.parameters if run.measuring else []
+    weighted = partial(attention_losses, run, entities, entity_masks)
+    return diffusion.AttentionLoss(steps, blocks, weighted, measured), counts
 
-    return diffusion.AttentionLoss(steps, run.config.attention_blocks, loss), counts
 
-
-def attention_losses(run, maps, entities, entity_masks):
-    """The weighted sum of the attention losses, mean over prompts, and numbers to log. maps: {layer
-    name: (B, heads, h, w, tokens)}; entities, entity_masks: a list per prompt."""
+def attention_losses(run, entities, entity_masks, maps):
+    """({name: its weighted loss, mean over prompts}, numbers to log). entities, entity_masks: a
+    list per prompt; maps: {layer name: (B, heads, h, w, tokens)}."""
     if not any(entities):
-        return 0.0, {}
+        return {}, {}
     by_prompt = zip(*(layer.unbind() for layer in maps.values()))  # layer[b] is slow backwards
     samples = list(zip(by_prompt, entities, entity_masks, strict=True))
-    total, log = 0.0, {}
+    weighted, log = {}, {}
     for name, (weight, formula) in run.attention_terms.items():
         loss = 0.0
         for layers, of_prompt, masks_of_prompt in samples:
@@ -252,11 +253,11 @@ def attention_losses(run, maps, entities, entity_masks):
                 own_maps = dict(zip(maps, layers))
                 loss = loss + formula(own_maps, tokens, masks_of_prompt) / len(samples)
         log[f"loss_{name}"] = loss.item()
-        total = total + weight * loss
+        weighted[name] = weight * loss
     activations = attention.token_activation(maps)
     activation = attention.entity_activation(activations, entities)
     log["entity_activation_percent"] = 100 * activation.nanmean().item()
-    return total, log
+    return weighted, log
 
 
 def discriminate(run, real, fake):
@@ -297,6 +298,19 @@ def learning_rate(c, step):
     return c.lr * rise * fall
 
 
+def gradient_shares(log):
+    """Each term's share of the gradient's norms on the latents and, at the attention steps, on the
+    LoRA, as a line; docs/recipe.md says how to read it."""
+    parts = []
+    for of in ("latents", "lora"):
+        prefix = f"{of}_gradient_norm_"
+        norms = {name: value for name, value in log.items() if name.startswith(prefix)}
+        total = sum(norms.values()) or 1.0
+        shares = [f"{name.removeprefix(prefix)} {norm / total:.2%}" for name, norm in norms.items()]
+        parts += [f"{of}: {', '.join(shares)}"] if norms else []
+    return f"gradient on the {'; on the '.join(parts)}"
+
+
 def mean_of(logs):
     """The mean of each number over the rows that have it."""
     names = dict.fromkeys(name for log in logs for name in log)
@@ -308,68 +322,82 @@ def mean_of(logs):
 # The loop
 
 
-def train(run):
-    """Steps, logs, sample grids, checkpoints. SIGTERM and SIGINT let the step end, save and stop; a
-    second one stops at once."""
-    c, first = run.config, run.rank == 0
-    log, stop_signal = utils.Log(run), utils.StopSignal()
-    with tqdm(desc=c.out.name, total=c.steps, initial=run.step, disable=not first) as bar:
-        while run.step < c.steps:
+def train(run, step=train_step):
+    """Steps, logs, sample grids, checkpoints (none while steps are skipped). SIGTERM, SIGINT,
+    SIGHUP and a reader of the output who leaves let the step end, save and stop; a second SIGTERM
+    or SIGINT stops at once."""
+    c, first, due, stopping = run.config, run.rank == 0, False, False
+    log, stop = utils.Log(run), utils.StopSignal()
+    out, err = utils.Heard(sys.stdout, stop), utils.Heard(sys.stderr, stop)
+    bar = tqdm(file=err, desc=c.out.name, total=c.steps, initial=run.step, disable=not first)
+    with redirect_stdout(out), redirect_stderr(err), bar:
+        while run.step < c.steps and not stopping:
             start = time.perf_counter()
             run.seconds = {}
-            numbers, troubles = train_step(run)
+            run.measuring = run.step % (c.sample_every or c.steps) == 0
+            numbers, troubles = step(run)
             numbers |= {f"seconds_{phase}": seconds for phase, seconds in run.seconds.items()}
             numbers["seconds"] = time.perf_counter() - start
             numbers["peak_memory_gib"] = utils.peak_memory(run.pipe.unet.device)
             log.write(run.step, numbers, troubles)
-            losses_only = {k: v for k, v in numbers.items() if k.startswith("loss_")}
-            bar.set_postfix(losses_only)
-            handle_troubles(run, troubles, skipped="skipped" in numbers)
             run.step += 1
+            run.skipped = run.skipped + 1 if "skipped" in numbers else 0
+            bar.set_postfix({k: v for k, v in numbers.items() if k.startswith("loss_")})
             bar.update()
+            if first and run.measuring:
+                tqdm.write(f"step {run.step - 1}: {gradient_shares(numbers)}")
+            report(run, troubles)
             if first and c.sample_every and run.step % c.sample_every == 0:
                 draw_samples(run, log)
-            stopping = any(utils.gather([stop_signal.seen], run.world_size))
-            if run.step % c.checkpoint_every == 0 or run.step == c.steps or stopping:
-                utils.check_agreement(run)
+            stopping = any(utils.gather([stop.seen], run.world_size))
+            due |= run.step % c.checkpoint_every == 0 or run.step == c.steps or stopping
+            if due and not run.skipped:
+                utils.check_weights(run)
                 if first:
                     utils.save_checkpoint(run)
-            if stopping:
-                break
-    stop_signal.forget()
+                due = False
+        bar.close()
+        if first:
+            stopped = f"stopped after step {run.step}; --resume goes on"
+            print(f"python evaluate.py {c.out} scores it" if run.step == c.steps else stopped)
+    stop.forget()
 
 
-def handle_troubles(run, troubles, skipped):
-    """Says which prompts made trouble; ends the run if too many steps in a row were skipped."""
-    run.skipped = run.skipped + 1 if skipped else 0
-    lines = [f"{trouble.prompt[:80]!r}: {trouble.reason}" for trouble in troubles]
-    listed = "; ".join(lines)
-    if run.rank == 0 and (troubles or skipped):
-        what = " skipped" if skipped else ""
-        tqdm.write(f"step {run.step}{what}: {listed or 'not finite'}", file=sys.stderr)
-    if run.skipped >= run.config.max_skips:
+def report(run, troubles):
+    """Says which prompts made trouble; ends the run if too many steps in a row were skipped, or its
+    last ones."""
+    c = run.config
+    listed = "; ".join(f"{trouble.prompt[:80]!r}: {trouble.reason}" for trouble in troubles)
+    if run.rank == 0 and (troubles or run.skipped):
+        what = " skipped" if run.skipped else ""
+        tqdm.write(f"step {run.step - 1}{what}: {listed or 'not finite'}", file=sys.stderr)
+    if run.skipped >= c.max_skips or run.skipped and run.step == c.steps:
         message = (
-            f"train.py: {run.skipped} steps in a row had a loss or gradient that is not finite "
+            f"train.py: the last {run.skipped} steps had a loss or gradient that is not finite "
             f"({listed}); the newest checkpoint is from before; try a lower --lr or --dtype float32"
         )
         utils.give_up(message if run.rank == 0 else "")
 
 
 def draw_samples(run, log):
-    """samples/step-NNNNNN.png: a grid at fixed prompts and seeds, base above tuned."""
-    c = run.config
-    listed = prompt_lists.read(c.eval_prompts) if c.eval_prompts else run.prompts
-    prompts = listed[: c.sample_prompts]
-    tuned, base = pictures.generate(run.pipe, run.plan, prompts, c.guidance_scale, c.resolution)
-    picture = pictures.grid(prompts, {"base": base, f"step {run.step}": tuned})
-    (c.out / "samples").mkdir(exist_ok=True)
-    picture.save(c.out / f"samples/step-{run.step:06d}.png")
-    log.picture(run.step, "samples", picture)
+    """samples/step-NNNNNN.png: a grid at fixed prompts and seeds, base above tuned. What hinders it
+    is said and does no harm."""
+    c, prompts = run.config, run.sample_prompts
+    try:
+        tuned, base = pictures.generate(run.pipe, run.plan, prompts, c.guidance_scale, c.resolution)
+        picture = pictures.grid(prompts, {"base": base, f"step {run.step}": tuned})
+        with utils.whole_file(c.out / f"samples/step-{run.step:06d}.png") as file:
+            picture.save(file, "PNG")
+        log.picture(run.step, "samples", picture)
+    except (OSError, ValueError) as error:
+        tqdm.write(f"no samples of step {run.step}: {error}", file=sys.stderr)
 
 
 def begin(c):
     """The Run of a Config, new or as its newest checkpoint left it. Raises ValueError for what the
     user can mend."""
+    configuration.check(c)
+    utils.check_writable("--references", c.references)
     checkpoint = utils.open_output(c)
     run = setup(c)
     if checkpoint:
@@ -383,19 +411,12 @@ def begin(c):
     return run
 
 
-MEMORY_HINT = "try --checkpointing, or a smaller --batch with a larger --accumulate"
-STOP_HINT = "stopped at once; the newest checkpoint is whole"
-
-
 def main(c):
-    with utils.one_line_errors("train.py", MEMORY_HINT, STOP_HINT):
+    with utils.one_line_errors("train.py"):
         run = begin(c)
-    with utils.one_line_errors("train.py", MEMORY_HINT, STOP_HINT, faults=(OSError,)):
+    with utils.one_line_errors("train.py", faults=(OSError,)):
         train(run)
         utils.leave(run.world_size)
-    if run.rank == 0:
-        stopped = f"stopped after step {run.step}; --resume goes on"
-        print(f"python evaluate.py {c.out} scores it" if run.step == c.steps else stopped)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,26 @@
 """What every trainer has: whole files, ranks that agree, logs, checkpoints."""
 
-import dataclasses
+import fcntl
 import hashlib
 import json
 import math
 import os
-import pickle
 import resource
 import shutil
 import signal
+import socket
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
-from config import Config
+from config import Config, portable, resolved
 
 # --------------------------------------------------------------------------------------------------
 # Files and errors
@@ -30,23 +31,44 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def write(path, data):
-    """Writes a file (str or bytes) whole or not at all, also if the power fails."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+@contextmanager
+def writing(path):
+    """Around what writes to a path: OSError, which names it, for all that may be raised."""
     try:
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(f"{path} cannot be written: {first_line(error)}") from error
 
 
-def hash_of(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+@contextmanager
+def whole_file(path):
+    """Opens a file that is written whole or not at all, also if the power fails."""
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.unfinished")
+    with writing(path):
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write(path, data):
+    """Writes str or bytes, whole or not at all."""
+    with whole_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+def check_writable(flag, path):
+    """Raises ValueError, before any work, if a folder cannot be made or written in."""
+    there = Path(path).absolute()
+    while not there.exists():
+        there = there.parent
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ValueError(f"{flag} {path}: {there} is no folder that can be written in")
 
 
 def seed_of(*names):
@@ -55,34 +77,34 @@ def seed_of(*names):
 
 
 def save_config(config, path):
-    write(path, json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    fields = {name: portable(value) for name, value in vars(config).items()}
+    write(path, json.dumps(fields, indent=2) + "\n")
 
 
 def load_config(path):
-    """The Config in a run's config.json. Raises ValueError if the file holds no such thing."""
+    """The Config in a run's config.json. Raises ValueError that names the fields that are wrong."""
     try:
-        values = json.loads(Path(path).read_text())
-        for field in dataclasses.fields(Config):
-            if field.name in values and isinstance(field.default, (Path, tuple)):
-                values[field.name] = type(field.default)(values[field.name])
-        return Config(**values)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a configuration of this version ({error})") from error
-
-
-MEMORY_HINT = "give a smaller --batch, or use another GPU, or --device cpu"
-STOP_HINT = "stopped; what was finished is kept"
+        config = TypeAdapter(Config).validate_json(path.read_bytes(), strict=True, extra="forbid")
+    except ValidationError as error:
+        wrong = [": ".join([*map(str, e["loc"]), e["msg"]]) for e in error.errors()]
+        raise ValueError(f"{path}: not a configuration: {'; '.join(wrong)}") from error
+    return Config(**{name: resolved(value) for name, value in vars(config).items()})
 
 
 @contextmanager
-def one_line_errors(script, memory=MEMORY_HINT, stopped=STOP_HINT, faults=(ValueError, OSError)):
+def one_line_errors(script, faults=(ValueError, OSError)):
     """Ends the program with one line in place of a traceback, for what is no fault of the code."""
     try:
         yield
+        sys.stdout.flush()
     except torch.OutOfMemoryError:
-        give_up(f"{script}: out of the GPU's memory: {memory}")
+        mend = "a smaller --batch, train.py with a larger --accumulate or --checkpointing"
+        give_up(f"{script}: out of the GPU's memory: give {mend}")
     except KeyboardInterrupt:
-        give_up(f"{script}: {stopped}")
+        give_up(f"{script}: stopped; what was finished is kept, and train.py --resume goes on")
+    except BrokenPipeError:  # who read the output has left
+        mute()
+        give_up("")
     except faults as error:
         give_up(f"{script}: {first_line(error)}")
 
@@ -92,10 +114,17 @@ def give_up(message):
     ends at once: while Python tidies up, gloo may notice that another has gone, and abort."""
     if not dist.is_initialized():
         sys.exit(message or 1)
-    print(message, end="\n" * bool(message), file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):
+        print(message, end="\n" * bool(message), file=sys.stderr, flush=True)
+        sys.stdout.flush()
     os._exit(1)
+
+
+def mute():
+    """Sends what is still printed nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -115,23 +144,16 @@ def together(collective, *arguments):
 
 
 def join(device, minutes=30.0):
-    """Joins the ranks that torchrun started, each with its own GPU. Returns (rank, world_size).
+    """Joins the ranks that torchrun started. Returns (rank, world_size).
 
-    device: as --device; minutes: how long a rank waits for the others."""
+    device: of choose_device; minutes: how long a rank waits for the others."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1 or dist.is_initialized():
         return rank, world_size
     options = {"backend": "gloo", "timeout": timedelta(minutes=minutes)}
-    if device != "cpu" and torch.cuda.is_available():
-        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= gpus:
-            raise ValueError(
-                f"--nproc_per_node: torch sees {gpus} GPUs here; start at most as many ranks, "
-                "or add --device cpu"
-            )
-        torch.cuda.set_device(local)
+    if device.type == "cuda":
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # to notice that a rank is lost
-        options |= {"backend": "nccl", "device_id": torch.device("cuda", local)}
+        options |= {"backend": "nccl", "device_id": device}
     try:
         dist.init_process_group(**options)
     except RuntimeError as error:
@@ -181,46 +203,82 @@ def gather(rows, world_size):
     return [row for part in parts for row in part]
 
 
-def check_agreement(run):
-    """Ends the run if the ranks' adapters are no longer equal."""
-    norms = [p.detach().double().norm().item() for p in run.trainables()]
-    if any(row != norms for row in gather([norms], run.world_size)):
+def check_weights(run):
+    """Ends the run if the ranks' adapters are no longer finite, or no longer equal."""
+    norms = weight_norms(run)
+    drifted = any(row != norms for row in gather([norms], run.world_size))
+    if drifted or not all(map(math.isfinite, norms)):
+        what = "have drifted apart" if drifted else "are not finite"
         give_up(
-            f"train.py: step {run.step}: the ranks' weights have drifted apart; "
-            "the last checkpoint is from before"
+            f"train.py: step {run.step}: the ranks' weights {what}; the newest checkpoint is from "
+            "before"
         )
+
+
+def weight_norms(run):
+    return [p.detach().double().norm().item() for p in run.trainables()]
 
 
 def check_alike(run):
     """Raises ValueError, on every rank, if the ranks were started with different configurations,
-    have different prompt files, or stand at different steps."""
-    fields = dataclasses.asdict(run.config).items()
-    own = {f"--{name.replace('_', '-')}": str(value) for name, value in fields}
-    own["the content of --prompts"] = hash_of(run.config.prompts)
-    own["the checkpoint to go on from"] = str(run.step)
-    rows = gather([own], run.world_size)
-    values = {name: sorted({row[name] for row in rows}) for name in own}
-    different = [f"{name} is {' and '.join(v)}" for name, v in values.items() if len(v) > 1]
-    if different:
-        raise ValueError(f"the ranks do not agree: {'; '.join(different)}")
+    have different prompts, or stand at different steps."""
+    own = flags_of(run.config)
+    own["the content of --prompts"] = seed_of(*run.prompts)
+    own["the checkpoint to go on from"] = run.step
+    for other in gather([own], run.world_size):
+        if different := differences(own, other):
+            raise ValueError(f"the ranks do not agree on {different}")
+
+
+def flags_of(config):
+    fields = vars(config).items()
+    return {f"--{name.replace('_', '-')}": str(portable(value)) for name, value in fields}
+
+
+def differences(one, other):
+    """What two dictionaries with the same keys do not agree on, as text."""
+    pairs = [(name, value, other[name]) for name, value in one.items() if value != other[name]]
+    return ", ".join(f"{name} ({value}, {another})" for name, value, another in pairs)
 
 
 class StopSignal:
-    """SIGTERM and SIGINT set `seen`; a second one does what it does without us."""
+    """SIGTERM, SIGINT, SIGHUP and a reader of the output who leaves set `seen`; a second SIGTERM or
+    SIGINT does what it does without us."""
 
     def __init__(self):
-        self.seen = False
-        stops = signal.SIGTERM, signal.SIGINT
-        self.before = {number: signal.signal(number, self.note) for number in stops}
+        self.seen, self.before = False, {}
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's SIGHUP
+                self.before[number] = signal.signal(number, self.note)
 
     def note(self, number, frame):
         self.seen = True
-        self.forget()
-        print("\nending this step, then saving; once more to stop at once", file=sys.stderr)
+        if number != signal.SIGHUP:  # which a closed terminal may send twice
+            signal.signal(number, self.before[number])
+        with suppress(OSError):
+            os.write(2, b"\nending this step, then saving; once more to stop at once\n")
 
     def forget(self):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+class Heard:
+    """A stream; if its reader has gone, this asks for a stop, and goes on without a word."""
+
+    def __init__(self, stream, stop):
+        self.stream, self.stop = stream, stop
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            self.stop.seen = True
+            mute()
 
 
 def choose_device(config):
@@ -229,9 +287,28 @@ def choose_device(config):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ValueError("--device cuda: this torch sees no GPU; use --device cpu")
-    tensor_cores = config.dtype != "float32"  # also for the LoRA's products, which are float32
+    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= gpus:
+        raise ValueError(
+            f"--nproc_per_node: torch sees {gpus} GPUs here; start at most as many ranks, or add "
+            "--device cpu"
+        )
+    torch.cuda.set_device(local)
+    tensor_cores = config.dtype != "float32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tensor_cores
-    return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cuda", local)
+
+
+@contextmanager
+def without_tf32():
+    """Within the context float32 products and convolutions on a GPU are float32's."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def peak_memory(device):
@@ -245,41 +322,59 @@ def peak_memory(device):
 # --------------------------------------------------------------------------------------------------
 # The output folder
 
-MAY_DIFFER = set(
-    "out resume steps sample_every sample_prompts checkpoint_every keep device eval_prompts "
-    "eval_count references batch accumulate max_skips timeout checkpointing".split()
-)
+MAY_DIFFER = (
+    "--out --resume --steps --sample-every --sample-prompts --checkpoint-every --keep --device "
+    "--prompts --eval-prompts --eval-count --references --batch --accumulate --max-skips --timeout "
+    "--checkpointing"
+).split()
+LOCK = ".lock"
+STEP = "step-" + 6 * "[0-9]"
 
 
 def open_output(c):
-    """Returns the checkpoint to go on from, or None to start. Refuses a folder that is in use, and
-    a resume with another recipe. A rank that torchrun has started again resumes by itself."""
+    """Takes the folder for this process; returns the checkpoint to go on from, or None to start.
+    Refuses a folder that is in use, and a resume with another recipe. A rank that torchrun has
+    started again resumes by itself."""
     resume = c.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     begun = (c.out / "config.json").is_file()
-    if resume and begun:
-        check_same_recipe(c)
-        return newest_checkpoint(c.out)
-    used = c.out.exists() and (not c.out.is_dir() or any(c.out.iterdir()))
-    if used and int(os.environ.get("RANK", 0)) == 0:
-        mend = "go on with --resume, or choose another" if begun else "choose another"
-        raise ValueError(f"--out {c.out}: not empty; {mend}")
-    return None
+    if int(os.environ.get("RANK", 0)) == 0:
+        used = c.out.exists() and (not c.out.is_dir() or set(os.listdir(c.out)) - {LOCK})
+        if used and not (resume and begun):
+            mend = "go on with --resume, or choose another" if begun else "choose another"
+            raise ValueError(f"--out {c.out}: not empty; {mend}")
+        lock(c.out)
+    if not begun:
+        return None
+    check_same_recipe(c)
+    return newest_checkpoint(c.out)
+
+
+def lock(folder):
+    """Keeps a folder for this process as long as it lives. Raises ValueError that says who has it.
+    A file system without locks lets everybody in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)  # not closed: the lock would end
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        holder = os.read(handle, 300).decode()
+        raise ValueError(f"--out {folder}: {holder} is training in it") from None
+    except OSError:
+        return
+    os.truncate(handle, 0)
+    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 def check_same_recipe(c):
-    before = load_config(c.out / "config.json")
-    changed = [
-        f"--{name.replace('_', '-')} ({value!r} then, {getattr(c, name)!r} now)"
-        for name, value in vars(before).items()
-        if name not in MAY_DIFFER and str(value) != str(getattr(c, name))
-    ]
-    if changed:
-        raise ValueError(f"--resume: {c.out} was made with other values of {', '.join(changed)}")
+    before, now = flags_of(load_config(c.out / "config.json")), flags_of(c)
+    before |= {flag: now[flag] for flag in MAY_DIFFER}
+    if different := differences(before, now):
+        raise ValueError(f"--resume: {c.out} was made with other values (then, now): {different}")
 
 
 def newest_checkpoint(out):
     """The newest checkpoint of a run, or None. Whatever is called step-NNNNNN is whole."""
-    return max((out / "checkpoints").glob("step-??????"), default=None)
+    return max((out / "checkpoints").glob(STEP), default=None)
 
 
 class Log:
@@ -292,7 +387,7 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter
 
         path = run.config.out / "log.jsonl"
-        rows = path.read_text().splitlines() if path.exists() else []
+        rows = path.read_text(errors="replace").splitlines() if path.exists() else []
         kept = [row for row in rows if step_of(row) < run.step]  # a resumed run does the rest again
         write(path, "".join(f"{row}\n" for row in kept))
         self.file = open(path, "a")
@@ -305,23 +400,22 @@ class Log:
         row = {"step": step, **({"troubles": troubles} if troubles else {})}
         for name, value in numbers.items():
             row[name] = float(f"{value:.6g}") if math.isfinite(value) else str(value)
-            self.board.add_scalar(name, value, step)
-        try:
+        with writing(self.file.name):
+            for name, value in numbers.items():
+                self.board.add_scalar(name, value, step)
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
             self.board.flush()
-        except OSError as error:
-            raise OSError(f"{self.file.name}: cannot be written ({error.strerror})") from error
 
     def picture(self, step, name, image):
         self.board.add_image(name, np.asarray(image), step, dataformats="HWC")
 
 
 def step_of(row):
-    """The step of a line of log.jsonl; of half a line, infinity."""
+    """The step of a line of log.jsonl; of half a line, or another, infinity."""
     try:
-        return json.loads(row)["step"]
-    except ValueError:
+        return int(json.loads(row)["step"])
+    except (ValueError, TypeError, KeyError):
         return math.inf
 
 
@@ -330,45 +424,44 @@ def step_of(row):
 
 
 def save_checkpoint(run):
-    """Writes checkpoints/step-NNNNNN: the LoRA in diffusers' format, the discriminator, the
-    optimiser, the step. All randomness comes from (seed, step, place in the step), so there is no
-    other state. It is written under another name and then renamed; `latest` is a link to it.
-    Raises OSError if it cannot be written; the one before is then untouched."""
+    """Writes checkpoints/step-NNNNNN: the LoRA in diffusers' format, and state.pt to go on from:
+    all randomness comes from (seed, step, place in the step), so there is no other state. It is
+    written under another name and then renamed; `latest` is a link to it. Raises OSError if it
+    cannot be written; the one before is then untouched."""
     folder = run.config.out / "checkpoints"
     final = folder / f"step-{run.step:06d}"
     unfinished = folder / f".{final.name}.unfinished"
-    try:
-        for leftover in folder.glob(".step-*"):  # of a process that was killed
-            shutil.rmtree(leftover)
-        unfinished.mkdir(parents=True)
-        write_state(run, unfinished)
-        for path in (*unfinished.iterdir(), unfinished):
-            flush(path)
-        discard(final)
-        unfinished.rename(final)
-        link = folder / ".latest"
-        link.unlink(missing_ok=True)
-        link.symlink_to(final.name)
-        link.rename(folder / "latest")
-        flush(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise OSError(
-            f"{final} cannot be written ({first_line(error)}); make room, then go on with --resume"
-        ) from error
-    for old in sorted(folder.glob("step-??????"))[: -run.config.keep]:
-        discard(old)
-
-
-def write_state(run, folder):
-    run.save_adapters(folder)
     state = {
         "step": run.step,
         "prompts_per_step": run.prompts_per_step(),
-        "prompts": hash_of(run.config.prompts),
+        "prompts": run.prompts,
+        "weights": run.weights().state_dict(),
         "optimizer": run.optimizer.state_dict(),
     }
-    torch.save(state, folder / "state.pt")
+    with writing(final):
+        remove_leftovers(folder)
+        try:
+            unfinished.mkdir(parents=True)
+            run.save_lora(unfinished)
+            torch.save(state, unfinished / "state.pt")
+            for path in (*unfinished.iterdir(), unfinished):
+                flush(path)
+            unfinished.rename(final)
+            link = folder / ".latest"
+            link.unlink(missing_ok=True)
+            link.symlink_to(final.name)
+            link.rename(folder / "latest")
+            flush(folder)
+            for old in sorted(folder.glob(STEP))[: -run.config.keep]:
+                old.rename(folder / f".{old.name}.discarded")  # before it is no longer whole
+        finally:
+            remove_leftovers(folder)
+
+
+def remove_leftovers(folder):
+    """Deletes checkpoints that are discarded, or half written, also by a process that is dead."""
+    for leftover in folder.glob(f".{STEP}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def flush(path):
@@ -380,39 +473,36 @@ def flush(path):
         os.close(handle)
 
 
-def discard(folder):
-    """Deletes a checkpoint, which first loses its name: what is called step-NNNNNN is whole."""
-    if folder.exists():
-        hidden = folder.with_name(f".{folder.name}.discarded")
-        folder.rename(hidden)
-        shutil.rmtree(hidden)
-
-
-DAMAGE = (OSError, RuntimeError, KeyError, SafetensorError, EOFError, pickle.UnpicklingError)
-
-
 def load_checkpoint(run, folder):
     """Puts a run where it was when the checkpoint was written. Raises ValueError if that cannot be
     done exactly."""
     try:
-        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-        check_same_prompts(run, state)
-        run.load_adapters(folder)
+        state = load_weights(run, folder)
         run.optimizer.load_state_dict(state["optimizer"])
-        run.step = state["step"]
-    except DAMAGE as error:
+        run.step, before = state["step"], state["prompts_per_step"]
+        changed = state["prompts"] != run.prompts
+        if folder.name != f"step-{run.step:06d}":
+            raise ValueError(f"it is of step {run.step}")
+    except Exception as error:  # nearly anything may be raised of a damaged file
         raise ValueError(
             f"{folder}: not a whole checkpoint of this model ({first_line(error)}); delete it, and "
             "--resume takes the one before"
         ) from error
-
-
-def check_same_prompts(run, state):
-    c, before, now = run.config, state["prompts_per_step"], run.prompts_per_step()
+    c, now = run.config, run.prompts_per_step()
     if before != now:
         raise ValueError(
             f"--resume: {c.out} was made with {before} prompts a step, --batch x --accumulate x "
             f"ranks; now these are {c.batch} x {c.accumulate} x {run.world_size}"
         )
-    if state["prompts"] != hash_of(c.prompts):
+    if changed:
         raise ValueError(f"--resume: the content of {c.prompts} has changed since {c.out} was made")
+
+
+def load_weights(run, folder):
+    """Gives a run the weights of a checkpoint, the LoRA's and the discriminator's, and returns all
+    of its state."""
+    state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    run.weights().load_state_dict(state["weights"])
+    if not all(map(math.isfinite, weight_norms(run))):
+        raise ValueError("its weights are not finite")
+    return state

@@ -35,6 +35,7 @@ import torch
 from matplotlib.figure import Figure
 
 import utils
+from evaluate import compare
 from tools import figures
 
 NO_AC = ["--token-weight=0", "--pixel-weight=0"]  # attribute concentration
@@ -42,56 +43,58 @@ NO_FP = ["--adversarial-weight=0", "--adversarial-cap=0"]  # fidelity preservati
 RECIPES = {"CM": NO_AC + NO_FP, "CM+AC": NO_FP, "CM+FP": NO_AC, "CM+AC+FP": []}
 
 
-def finish(options, recipe, seed):
-    """Trains and scores a run unless that is done. Returns its folder."""
-    folder = options.out.resolve() / f"{recipe}-{seed}"
+def finish(folder, train, steps, scoring=()):
+    """Trains and scores a run unless that is done. train: the command, scoring: flags of
+    evaluate.py. Returns the folder."""
     scored = (folder / "results.json").exists()
     if not scored:
-        train = ["train.py", "shapes", "--resume", f"--out={folder}", *RECIPES[recipe]]
-        train += [f"--seed={seed}", f"--steps={options.steps}"]
-        run([sys.executable, *train], cwd=ROOT, check=True)
-    last = f"checkpoints/step-{options.steps:06d}"
-    if utils.newest_checkpoint(folder) != folder / last:
+        command = [sys.executable, *train, "--resume", f"--out={folder}", f"--steps={steps}"]
+        run(command, cwd=ROOT, check=True)
+    if utils.newest_checkpoint(folder) != folder / f"checkpoints/step-{steps:06d}":
         mend = "start again to go on, or choose another --out"
-        raise ValueError(f"{folder}: not trained for {options.steps} steps; {mend}")
+        raise ValueError(f"{folder}: not trained for {steps} steps; {mend}")
     if not scored:
-        run([sys.executable, "evaluate.py", str(folder)], cwd=ROOT, check=True)
+        run([sys.executable, "evaluate.py", str(folder), *scoring], cwd=ROOT, check=True)
     return folder
 
 
-def read(folder):
-    """{score: (2, images)} of a run, base and tuned, NaN where an image has none. A score of all
-    images together is repeated."""
-    results = json.loads((folder / "results.json").read_text())
-    rows = []
-    for line in (folder / "scores.jsonl").read_text().splitlines():  # base and tuned take turns
-        row = json.loads(line)
-        rows.append(results[row["model"]] | row)
+def read(folder, side):
+    """{score: (2, images)} of the base and another side of what was scored, NaN where an image has
+    none. A score of all images together is repeated."""
+    sides = json.loads((folder / "results.json").read_text())["sides"]
+    rows = list(map(json.loads, (folder / "scores.jsonl").read_text().splitlines()))
     scores = {}
-    for score in results["base"]:
-        values = np.array([row[score] for row in rows], np.float32)  # None becomes NaN
-        scores[score] = torch.from_numpy(values).view(-1, 2).T
+    for score in sides[side]:
+        pair = []
+        for name in ("base", side):
+            mean = sides[name][score]["mean"]
+            values = [row.get(score, mean) for row in rows if row["side"] == name]
+            pair.append(np.array(values, np.float32))  # None becomes NaN
+        scores[score] = torch.from_numpy(np.stack(pair))
     return scores
 
 
-def compare(scores):
-    """[mean of base, of tuned, 95 % interval of their difference] of scores (2, seeds, images),
-    from 10,000 resamples of seeds and of images, the same for both."""
-    _, seeds, images = scores.shape
-    generator = torch.Generator().manual_seed(0)
-    column = torch.randint(images, (10_000, 1, images), generator=generator)
-    row = torch.randint(seeds, (10_000, seeds, 1), generator=generator)
-    base, tuned = scores[:, row, column].nanmean((2, 3))
-    interval = (tuned - base).nanquantile(torch.tensor([0.025, 0.975]))
-    return [*scores.nanmean((1, 2)).tolist(), interval.tolist()]
+def tabulate(runs):
+    """{score: {recipe: [mean of base, of the recipe, 95 % interval of their difference]}} from runs
+    {recipe: [(folder, side) of each seed]}."""
+    table = {}
+    for recipe, places in runs.items():
+        scores = [read(*place) for place in places]
+        for score in scores[0]:
+            base, own = torch.stack([of_seed[score] for of_seed in scores], dim=1)
+            first, second = compare({"base": base, recipe: own}).values()
+            cell = [first["mean"], second["mean"], second["interval"]]
+            table.setdefault(score, {})[recipe] = cell
+    return table
 
 
 def show(table):
     """A line for each score and recipe: base -> tuned, 95 % interval of the difference."""
-    line = "{:27}{:10}{:8.3f} -> {:8.3f}  [{:+.3f}, {:+.3f}]"
+    width = 2 + max(len(recipe) for cells in table.values() for recipe in cells)
     for score, cells in table.items():
-        for recipe, (base, tuned, interval) in cells.items():
-            print(line.format(score, recipe, base, tuned, *interval))
+        for recipe, (base, tuned, (low, high)) in cells.items():
+            numbers = f"{base:8.3f} -> {tuned:8.3f}  [{low:+.3f}, {high:+.3f}]"
+            print(f"{score:27}{recipe:{width}}{numbers}")
 
 
 def chart(table):
@@ -110,12 +113,14 @@ def chart(table):
 
 
 def main(options):
-    table = {}
-    for recipe in RECIPES:
-        runs = [read(finish(options, recipe, seed)) for seed in options.seeds]
-        for score in runs[0]:
-            scores = torch.stack([one[score] for one in runs], dim=1)
-            table.setdefault(score, {})[recipe] = compare(scores)
+    out, runs = options.out.resolve(), {}
+    for recipe, flags in RECIPES.items():
+        runs[recipe] = []
+        for seed in options.seeds:
+            train = ["train.py", "shapes", *flags, f"--seed={seed}"]
+            folder = finish(out / f"{recipe}-{seed}", train, options.steps)
+            runs[recipe].append((folder, "tuned"))
+    table = tabulate(runs)
     utils.write(options.out / "ablation.json", json.dumps(table, indent=2) + "\n")
     chart(table).savefig(options.out / "ablation.png")
     show(table)

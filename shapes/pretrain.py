@@ -46,7 +46,8 @@ import transformers
 from tqdm import tqdm
 
 import utils
-from config import SHAPES
+from config import SHAPES, check_range
+from models import naming
 from rewards import Blip
 from shapes import world
 
@@ -148,8 +149,9 @@ def fit(config, name, model, loss_of, steps, lr, ema_decay=0.0):
 
 
 def load_vae(config):
-    vae = diffusers.AutoencoderKL.from_pretrained(config.out / "pipeline/vae")
-    return vae.requires_grad_(False)
+    folder = config.out / "pipeline/vae"
+    with naming("out", folder):
+        return diffusers.AutoencoderKL.from_pretrained(folder).requires_grad_(False)
 
 
 def encode(vae, images):
@@ -326,6 +328,9 @@ def train_unet(config):
 
 
 def main(config):
+    check_range("steps-scale", config.steps_scale, 0, 1000)
+    check_range("seed", config.seed, 0, 2**63 - 1)
+    utils.check_writable("--out", config.out)
     stages = (train_prompts, train_vae, train_segmenter, train_captioner, train_unet)
     for name, train in zip(get_args(Stage), stages):
         if name in config.only:

@@ -10,6 +10,7 @@ from PIL import Image
 
 import diffusion
 import train
+import utils
 from tools import anatomy
 
 
@@ -63,7 +64,7 @@ def test_panels_show_the_words_the_steps_and_a_runs_discriminator(tmp_path, trai
     assert panels["5 Discriminator"].get_xlabel() == "untrained: all 0"
     (logits,) = panels["5 Discriminator"].images
     assert (logits.norm(logits.get_array()) == 0.5).all()
-    run.load_adapters(trained / "checkpoints/latest")
+    utils.load_weights(run, trained / "checkpoints/latest")
     _, panels = anatomy.draw(run, *anatomy.take_step(run))
     assert panels["5 Discriminator"].get_xlabel() == "pink: fake"
 

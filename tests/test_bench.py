@@ -1,6 +1,5 @@
 """tools/bench.py: the true sizes, what it counts, whole random-weight steps of small models."""
 
-import json
 import math
 
 import diffusers
@@ -97,22 +96,19 @@ def test_arithmetic_is_counted_by_hand():
 
 
 @pytest.mark.parametrize(("preset", "dtype"), [("sdxl", "bfloat16"), ("sd15", "float32")])
-def test_a_random_weight_step(small_sizes, tmp_path, capsys, preset, dtype):
-    """bench.main raises if a number is not finite or a tensor has no gradient."""
-    file = tmp_path / "bench.json"
-    bench.main(parse(preset, *RANDOM, *SMALL, "--dtype", dtype, "--json", file))
+def test_a_random_weight_step(small_sizes, capsys, preset, dtype):
+    """bench raises if a number is not finite or a tensor has no gradient."""
+    phases, log, _ = bench.bench(parse(preset, *RANDOM, *SMALL, "--dtype", dtype))
     printed = capsys.readouterr().out.splitlines()
-    figures = json.loads(file.read_text())
     header = next(i for i, line in enumerate(printed) if line.startswith("phase"))
-    assert [line.split()[0] for line in printed[header + 1 :][:9]] == PHASES
-    assert [*figures["phases"]] == PHASES[:-1]
-    for name, (seconds, tflop, gib) in figures["phases"].items():
+    assert [line.split()[0] for line in printed[header + 1 :][:9]] == PHASES == [*phases]
+    for name, (seconds, tflop, gib) in phases.items():
         assert seconds > 0 and gib > 0.1
         assert (tflop > 0) == (name not in ("all_reduce", "optimiser"))
-    losses = {name for name in figures["log"] if name.startswith("loss_")}
+    losses = {name for name in log if name.startswith("loss_")}
     terms = "blip adversarial token pixel discriminator".split()
     assert losses == {f"loss_{term}" for term in terms}
-    assert all(map(math.isfinite, figures["log"].values()))
+    assert all(map(math.isfinite, log.values()))
 
 
 def test_a_step_without_gradient_is_an_error(small_sizes, monkeypatch):
@@ -129,6 +125,24 @@ def test_the_shapes_preset(capsys):
     printed = capsys.readouterr().out
     assert "loss_token" in printed and "\nreferences" in printed
     assert "aten::convolution_backward" in printed
+
+
+def test_a_grid_is_a_markdown_table_and_survives_a_row_without_memory(capsys, monkeypatch):
+    def replay(pipe, *arguments):
+        if pipe.unet.is_gradient_checkpointing:
+            raise torch.OutOfMemoryError
+        return whole_replay(pipe, *arguments)
+
+    whole_replay = diffusion.replay
+    monkeypatch.setattr(diffusion, "replay", replay)
+    grid = "batch=2 no-merge", "checkpointing", "num-steps=3"
+    bench.main(parse("shapes", *SMALL, *BLIP_ALONE, "--grid", *grid))
+    header, line, *rows = capsys.readouterr().out.splitlines()[-5:]
+    assert header == "| CPU | seconds | of peak | peak GiB |" and set(line) == set("| -")
+    assert rows[1] == "| `--checkpointing` | out of memory |  |  |"
+    for row, flags in (rows[0], "`--batch=2 --no-merge`"), (rows[2], "`--num-steps=3`"):
+        _, shown, seconds, share, gib, _ = (cell.strip() for cell in row.split("|"))
+        assert shown == flags and float(seconds) > 0 and float(gib) > 0.1 and share.endswith("%")
 
 
 @pytest.mark.parametrize(

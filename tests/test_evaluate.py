@@ -96,6 +96,15 @@ def by_hand(model, image, first_id, size, *questions):
     return product
 
 
+def test_blip_vqa_is_in_float32_where_the_run_allows_tf32(blip_vqa):
+    loaded, seen, matmul = load(blip_vqa), [], torch.backends.cuda.matmul
+    watch = loaded[0].vision_model.register_forward_hook(lambda *_: seen.append(matmul.allow_tf32))
+    with watch, utils.without_tf32():  # which puts back what the next line sets
+        matmul.allow_tf32 = True
+        score(loaded, picture(0), ["a car?"])
+        assert seen == [False] and matmul.allow_tf32
+
+
 @torch.no_grad()
 def test_blip_vqa_is_the_five_steps_by_hand(blip_vqa):
     loaded = load(blip_vqa)
@@ -191,61 +200,84 @@ def test_frechet_distance_on_a_line_is_by_hand():
 def test_fidelity_tells_a_changed_model_from_the_floor():
     generator = torch.Generator().manual_seed(0)
     base, other, noise = (torch.randn(60, 2, 8, generator=generator) for _ in range(3))
-    floor, same, interval = evaluate.fidelity(base, base, other)
-    assert floor == same and interval == [0, 0]
-    floor, far, (low, high) = evaluate.fidelity(base, 2 * base + noise, other)
-    assert far > 5 * floor and 0 < low < far - floor < high
-    assert floor == evaluate.frechet_distance(base.flatten(0, 1), other.flatten(0, 1))
+    sides = {"base": base, "same": base, "far": 2 * base + noise}
+    floor, same, far = evaluate.fidelity(sides, other).values()
+    assert floor == same and same["interval"] == [0, 0]
+    low, high = far["interval"]
+    assert far["mean"] > 5 * floor["mean"] and 0 < low < far["difference"] < high
+    expected = evaluate.frechet_distance(base.flatten(0, 1), other.flatten(0, 1))
+    assert floor["mean"] == pytest.approx(expected, rel=1e-6)
 
 
 def rows(*values, column="x"):
     return [{column: value} for value in values]
 
 
-def test_base_and_tuned_are_compared_by_hand(capsys):
-    results = evaluate.summarise(rows(0.0, 0.0, 1.0, 0.0), rows(1.0, 0.0, 1.0, 1.0))
+def summarise(base, tuned, **options):
+    """The sides' entries: base's, tuned's."""
+    results = evaluate.summarise({"base": base, "tuned": tuned}, **options)
+    return results["base"], results["tuned"]
+
+
+def test_sides_are_compared_with_the_base_by_hand(capsys):
+    sides = {"base": rows(0.0, 0.0, 1.0, 0.0), "tuned": rows(1.0, 0.0, 1.0, 1.0)}
+    sides["tuned+syngen"] = rows(0.0, 0.0, 0.0, 0.0)
+    results = evaluate.summarise(sides)
     assert results == {
-        "n": 4,
-        "base": {"x": 0.25},
-        "tuned": {"x": 0.75},
-        "difference": {"x": 0.5},
-        "interval": {"x": [0.0, 1.0]},
+        "base": {"x": {"mean": 0.25, "difference": 0.0, "interval": [0.0, 0.0]}},
+        "tuned": {"x": {"mean": 0.75, "difference": 0.5, "interval": [0.0, 1.0]}},
+        "tuned+syngen": {"x": {"mean": 0.0, "difference": -0.25, "interval": [-0.75, 0.0]}},
     }
-    evaluate.show({**results, "protocol": {"steps": 16}})
+    evaluate.show({"n": 4, "sides": results, "protocol": {"steps": 16}})
     printed = capsys.readouterr().out
-    assert "n = 4" in printed and "0.2500 ->   0.7500     +0.5000  [+0.0000, +1.0000]" in printed
-    assert "steps: 16" in printed
+    assert "n = 4" in printed and "steps: 16" in printed
+    assert (
+        "x                           tuned           0.7500     +0.5000  [+0.0000, +1.0000]"
+        in printed
+    )
 
 
 def test_nan_is_left_out_and_is_null_in_the_file():
     nan = math.nan
-    results = evaluate.summarise(rows(nan, 0.0, 1.0, 1.0), rows(1.0, 0.5, nan, 1.0))
-    assert results["base"]["x"] == pytest.approx(2 / 3)
-    assert results["tuned"]["x"] == pytest.approx(2.5 / 3)
-    assert all(map(math.isfinite, results["interval"]["x"]))
-    results = evaluate.summarise(rows(nan, nan), rows(nan, 1.0))
-    text = json.loads(evaluate.as_json(results), parse_constant=pytest.fail)
-    assert text["base"]["x"] is None and text["tuned"]["x"] == 1
-    assert text["interval"]["x"] == [None, None]
+    base, tuned = summarise(rows(nan, 0.0, 1.0, 1.0), rows(1.0, 0.5, nan, 1.0))
+    assert base["x"]["mean"] == pytest.approx(2 / 3)
+    assert tuned["x"]["mean"] == pytest.approx(2.5 / 3)
+    assert all(map(math.isfinite, tuned["x"]["interval"]))
+    results = summarise(rows(nan, nan), rows(nan, 1.0))
+    base, tuned = json.loads(evaluate.as_json(results), parse_constant=pytest.fail)
+    assert base["x"]["mean"] is None and tuned["x"]["mean"] == 1
+    assert tuned["x"]["interval"] == [None, None]
 
 
 def test_images_of_a_prompt_are_averaged_before_prompts_are_resampled():
     values = torch.randn(30, generator=torch.Generator().manual_seed(0)).tolist()
-    once = evaluate.summarise(rows(*[0.0] * 30), rows(*values))
+    _, once = summarise(rows(*[0.0] * 30), rows(*values))
     copies = [value for value in values for _ in range(10)]
-    ten = evaluate.summarise(rows(*[0.0] * 300), rows(*copies), images=10)
-    assert ten["n"] == 30  # ten copies of an image say no more than one
-    assert ten["interval"]["x"] == pytest.approx(once["interval"]["x"], abs=1e-6)
-    nan = evaluate.summarise(*[rows(0.0, 1.0, 4.0, math.nan)] * 2, images=2)
-    assert nan["base"]["x"] == 2.25  # (0.5 + 4) / 2
+    _, ten = summarise(rows(*[0.0] * 300), rows(*copies), images=10)
+    # ten copies of an image say no more than one
+    assert ten["x"]["interval"] == pytest.approx(once["x"]["interval"], abs=1e-6)
+    base, _ = summarise(*[rows(0.0, 1.0, 4.0, math.nan)] * 2, images=2)
+    assert base["x"]["mean"] == 2.25  # (0.5 + 4) / 2
+
+
+def test_runs_that_differ_widen_the_interval():
+    same = torch.zeros(3, 50)
+    apart = torch.tensor([[-1.0], [0.0], [1.0]]).expand(3, 50)
+    entries = evaluate.compare({"base": same, "same": same, "apart": apart})
+    assert entries["same"] == {"mean": 0, "difference": 0, "interval": [0, 0]}
+    low, high = entries["apart"]["interval"]
+    assert low < -0.5 and high > 0.5
 
 
 def test_a_score_of_one_list_is_compared_over_that_list():
     base = [*rows(0.0, 0.0, column="color"), *rows(0.5, column="shape")]
     tuned = [*rows(0.0, 1.0, column="color"), *rows(0.5, column="shape")]
-    results = evaluate.summarise(base, tuned)
-    assert results["n"] == 3 and results["tuned"] == {"color": 0.5, "shape": 0.5}
-    assert results["interval"] == {"color": [0.0, 1.0], "shape": [0.0, 0.0]}
+    _, tuned = summarise(base, tuned)
+    assert {column: found["mean"] for column, found in tuned.items()} == {
+        "color": 0.5,
+        "shape": 0.5,
+    }
+    assert tuned["color"]["interval"] == [0.0, 1.0] and tuned["shape"]["interval"] == [0.0, 0.0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -297,6 +329,7 @@ def test_bad_input_is_one_clear_line(tmp_path):
         ({"resolution": 64}, {"scores": ("oracle",)}, "--scores oracle: "),
         ({}, {"scores": ("beauty",)}, "--scores beauty: unknown, there are oracle, vqa, blip"),
         ({}, {"images": -1}, "--images"),
+        ({}, {"method": ("magic",)}, "--method magic: unknown, there are structured, syngen"),
     ):
         with pytest.raises(ValueError) as caught:
             plan(replace(config, **changes), **options)
@@ -331,7 +364,7 @@ def test_every_score_is_that_of_its_own_judge(model, tmp_path, blip_vqa, capsys)
     results = json.loads((config.out / "results.json").read_text())
     twice, seeds = [asked[0], asked[0], asked[1], asked[1]], [42, 43, 42, 43]
     found = rows_of(config.out)
-    assert [(r["list"], r["prompt"], r["seed"], r["model"]) for r in found] == [
+    assert [(r["list"], r["prompt"], r["seed"], r["side"]) for r in found] == [
         ("list", p, s, m) for p, s in zip(twice, seeds) for m in ("base", "tuned")
     ]
     likelihood = rewards.load_blip(replace(config, caption_reduction="sum"), "cpu")
@@ -355,14 +388,17 @@ def test_every_score_is_that_of_its_own_judge(model, tmp_path, blip_vqa, capsys)
                     world.score(i, p)["extra_objects"] for i, p in zip(images, twice)
                 ],
             }
-        own = [row for row in found if row["model"] == name]
+        own = [row for row in found if row["side"] == name]
         for column, values in expected.items():
             assert [row[column] for row in own] == pytest.approx(values, rel=1e-3)
-            assert results[name][column] == pytest.approx(sum(values) / 4, rel=1e-3)
-    assert results["difference"]["entity_activation_percent"] != 0 and results["n"] == 2
+            mean = results["sides"][name][column]["mean"]
+            assert mean == pytest.approx(sum(values) / 4, rel=1e-3)
+    tuned = results["sides"]["tuned"]
+    assert tuned["entity_activation_percent"]["difference"] != 0 and results["n"] == 2
     printed = capsys.readouterr().out
     protocol = results["protocol"]
-    assert protocol["unet"] == protocol["model"] == config.model and protocol["num_steps"] == 2
+    assert protocol["unet"] == protocol["model"] == "shapes/weights/pipeline"
+    assert protocol["num_steps"] == 2
     assert (protocol["seeds"], protocol["prompts"]) == ("42 to 43", {"list": 2})
     assert all(f"{key}: {value}" in printed for key, value in protocol.items())
     # the same again goes on, another protocol is refused before any work
@@ -382,12 +418,12 @@ def test_a_lora_that_does_nothing_scores_as_the_base(model, tmp_path):
     options = evaluate.Options(config.out, to=tmp_path / "elsewhere")
     evaluate.evaluate(evaluate.Setup(options, config, pipe, schedule, world))
     results = json.loads((options.to / "results.json").read_text())
-    assert {"fully_right", "caption_log_likelihood"} < results["base"].keys()
-    for part in ("base", "tuned", "difference"):
-        results[part].pop("attributes_bound")  # NaN: an untrained model draws no object
-    assert results["base"] == results["tuned"] and not any(results["difference"].values())
-    assert results["base"]["frechet_distance"] > 0
-    assert results["interval"]["frechet_distance"] == [0, 0]
+    base, tuned = results["sides"]["base"], results["sides"]["tuned"]
+    assert {"fully_right", "caption_log_likelihood"} < base.keys() and base == tuned
+    base.pop("attributes_bound")  # NaN: an untrained model draws no object
+    assert not any(entry["difference"] for entry in base.values())
+    assert base["frechet_distance"]["mean"] > 0
+    assert tuned["frechet_distance"]["interval"] == [0, 0]
     assert not config.out.exists()
 
 
@@ -409,7 +445,7 @@ def test_two_ranks_give_the_same_results_as_one(trained, tmp_path):
     for file in ("results.json", "scores.jsonl"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     assert "prompts, n = 5" in done.stdout and "checkpoint: step-000002" in done.stdout
-    assert [row["model"] for row in rows_of(tmp_path / "two")] == ["base", "tuned"] * 5
+    assert [row["side"] for row in rows_of(tmp_path / "two")] == ["base", "tuned"] * 5
 
 
 def test_help_needs_no_torch():

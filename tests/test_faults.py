@@ -1,15 +1,24 @@
 """What goes wrong on the way, each fault of docs/faults.md: kills, full disks, bad numbers, ranks
 that are lost or disagree."""
 
+import errno
+import fcntl
+import io
+import itertools
 import json
+import math
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
+import socket
+import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,12 +28,14 @@ from safetensors.torch import load_file
 
 import config as configuration
 import diffusion
-import discriminator
+import evaluate
 import losses
 import rewards
+import sample
 import train
 import utils
 from prompts import batch_of
+from shapes import pretrain
 
 OPTIONS = {
     **ALL_LOSSES,
@@ -47,9 +58,8 @@ def state_of(out):
         for name in [name for name in row if "seconds" in name or "memory" in name]:
             del row[name]
     state = torch.load(newest / "state.pt", weights_only=True)
-    weights = [load_file(path) for path in sorted(newest.glob("*.safetensors"))]
-    assert len(weights) == 2
-    return newest.name, state, weights, rows
+    lora = load_file(newest / "pytorch_lora_weights.safetensors")
+    return newest.name, state, lora, rows
 
 
 def finished(c, straight):
@@ -63,8 +73,9 @@ def straight(tmp_path_factory):
     """The folder of a run of three steps that nothing interrupts."""
     folder = tmp_path_factory.mktemp("straight")
     train.main(small_config(folder, **OPTIONS))
-    name, state, (head, lora), rows = state_of(folder / "run")
+    name, state, lora, rows = state_of(folder / "run")
     assert name == "step-000003" and state["step"] == 3 and state["optimizer"]["state"]
+    assert len(state["weights"]) > len(lora) > 0  # the discriminator's, too
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert any(w.abs().max() > 0 for key, w in lora.items() if "lora.up" in key or "lora_B" in key)
     return folder / "run"
@@ -98,7 +109,7 @@ def is_half_deleted(path, **options):
 SECOND = "step-000002"
 KILLED = {  # the call in whose place kill -9 strikes
     "before the save": (utils, "save_checkpoint", lambda run: run.step == 2),
-    "inside the save": (discriminator, "save_file", lambda _, path: SECOND in str(path)),
+    "inside the save": (torch, "save", lambda _, path: SECOND in str(path)),
     "between the save and its link": (Path, "symlink_to", lambda _, target: target == SECOND),
     "while an old checkpoint is deleted": (shutil, "rmtree", is_half_deleted),
     "while a reference is written": (Path, "replace", is_third_reference),
@@ -148,28 +159,64 @@ def test_random_kills_leave_no_trace(tmp_path):
 
 
 def before_step(number, action):
-    """Lets train_step call action(run) first at one step."""
-    plain = train.train_step
+    """Lets training call action(run) first at one step."""
 
     def step(run):
         if run.step == number:
             action(run)
-        return plain(run)
+        return train.train_step(run)
 
-    train.train_step = step
+    train.train = partial(train.train, step=step)
 
 
-def test_sigterm_ends_the_step_saves_and_exits_with_zero(tmp_path, straight):
+def lose_the_reader():
+    """What is printed goes to a pipe that nobody reads."""
+    unread, written = os.pipe()
+    os.close(unread)
+    os.dup2(written, 1)
+    os.dup2(written, 2)
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGHUP", "EPIPE"])
+def test_what_asks_a_run_to_stop_lets_it_end_the_step_and_save(tmp_path, straight, how):
     c = small_config(tmp_path, **{**OPTIONS, "checkpoint_every": 100})
 
+    def ask(run):
+        lose_the_reader() if how == "EPIPE" else strike(getattr(signal, how))
+
     def body():
-        before_step(1, lambda run: strike(signal.SIGTERM))
+        sys.stdout = sys.stderr = open(2, "w", buffering=1)
+        before_step(1, ask)
         train.main(c)
 
     (ended,) = forked(body)
-    assert ended.code == 0 and "stopped after step 2; --resume goes on" in ended.output
+    assert ended.code == 0 and "Traceback" not in ended.output
+    assert ("stopped after step 2; --resume goes on" in ended.output) == (how != "EPIPE")
     assert utils.newest_checkpoint(c.out).name == "step-000002"
     assert finished(c, straight)
+
+
+def test_nohup_keeps_a_run_from_hearing_of_its_terminals_end(tmp_path):
+    c = small_config(tmp_path, **OPTIONS)
+
+    def body():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        before_step(1, lambda run: strike(signal.SIGHUP))
+        train.main(c)
+
+    (ended,) = forked(body)
+    assert ended.code == 0 and utils.newest_checkpoint(c.out).name == "step-000003"
+
+
+def test_a_command_whose_output_nobody_reads_ends_without_a_word(tmp_path):
+    def body():
+        sys.stdout = sys.stderr = open(2, "w", buffering=1)
+        lose_the_reader()
+        with utils.one_line_errors("x.py"):
+            print("a table")
+
+    (ended,) = forked(body)
+    assert ended == (1, "")
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
@@ -189,7 +236,32 @@ def test_a_second_signal_stops_at_once(tmp_path):
 
     (ended,) = forked(body, timeout=50)
     assert ended.code == 1 and utils.newest_checkpoint(c.out) is None
-    assert ended.output.endswith("train.py: stopped at once; the newest checkpoint is whole\n")
+    hint = "what was finished is kept, and train.py --resume goes on"
+    assert ended.output.endswith(f"train.py: stopped; {hint}\n")
+
+
+def test_a_second_run_is_kept_out_of_a_folder_until_the_first_has_died(tmp_path):
+    c = small_config(tmp_path, **OPTIONS)
+
+    def body():
+        utils.lock(c.out)
+        strike(signal.SIGKILL)
+
+    forked(body)
+    utils.lock(c.out)
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    for config in (c, replace(c, resume=True)):
+        (ended,) = forked(partial(train.main, config))
+        assert ended == (1, f"train.py: --out {c.out}: {holder} is training in it\n")
+    assert [path.name for path in c.out.iterdir()] == [".lock"]
+
+
+def test_a_file_system_without_locks_lets_everybody_in(tmp_path, monkeypatch):
+    def lockf(*arguments):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    utils.lock(tmp_path / "run")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -208,7 +280,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path, straight):
     (ended,) = forked(body)
     assert ended.code == 1 and "Traceback" not in ended.output
     line = ended.output.splitlines()[-1]
-    assert "step-000002 cannot be written" in line and "make room, then go on with --re" in line
+    assert line.startswith("train.py: ") and "step-000002 cannot be written: " in line
     names = sorted(path.name for path in (c.out / "checkpoints").iterdir())
     assert names == ["latest", "step-000001"]
     assert finished(c, straight)
@@ -221,7 +293,7 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch):
             self.file = open("/dev/full", "w")
 
     monkeypatch.setattr(utils, "Log", Log)
-    reason = r"^train.py: /dev/full: cannot be written \(No space left on device\)$"
+    reason = r"^train.py: /dev/full cannot be written: .* No space left on device$"
     with pytest.raises(SystemExit, match=reason):
         train.main(small_config(tmp_path, **OPTIONS))
 
@@ -230,7 +302,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     c = small_config(tmp_path, **OPTIONS, resume=True)
     utils.save_config(c, c.out / "config.json")
     (c.out / "checkpoints").write_text("in the way")
-    with pytest.raises(SystemExit, match="^train.py: .*step-000001 cannot be written .*make room"):
+    with pytest.raises(SystemExit, match="^train.py: .*step-000001 cannot be written: .*Not a dir"):
         train.main(c)
 
 
@@ -242,24 +314,41 @@ class Payload:
         return os.system, (f"touch {self.marker}",)
 
 
+def foreign_states(data):
+    """States that are nearly those of a checkpoint of step 3."""
+    state = torch.load(io.BytesIO(data), weights_only=True)
+    weights = state["weights"]
+    first, *others = weights
+    yield [state]
+    yield {**state, "optimizer": 3}
+    yield {**state, "step": -5}
+    yield {**state, "step": 2}
+    yield {**state, "weights": {name: weights[name] for name in others}}
+    yield {**state, "weights": {**weights, "another": weights[first]}}
+    yield {**state, "weights": {**weights, first: weights[first] * float("nan")}}
+    yield {**state, "weights": {**weights, first: weights[first][:1]}}
+
+
 def test_damaged_and_malicious_checkpoints_are_named(copied, straight, tmp_path):
-    """Cut short, gone, or a pickle that would run code: refused, and the one before is taken."""
+    """Cut short, gone, of another run, or a pickle that would run code: refused, and the one before
+    is taken."""
     newest = utils.newest_checkpoint(copied.out)
-    names = ["discriminator.safetensors", "pytorch_lora_weights.safetensors", "state.pt"]
-    assert sorted(path.name for path in newest.iterdir()) == names
-    marker = tmp_path / "marker"
+    path = newest / "state.pt"
+    marker, whole = tmp_path / "marker", path.read_bytes()
     torch.save({"step": Payload(marker)}, tmp_path / "payload.pt")
     payloads = [(tmp_path / "payload.pt").read_bytes(), pickle.dumps(Payload(marker), 2)]
     assert all(b"system" in payload for payload in payloads)
     run = train.setup(copied)
-    for name in names:
-        path = newest / name
-        whole = path.read_bytes()
-        for data in [None, whole[: len(whole) // 2], b"", *payloads]:
-            path.unlink() if data is None else path.write_bytes(data)
-            with pytest.raises(ValueError, match=f"^{newest}: not a whole checkpoint of this mode"):
-                utils.load_checkpoint(run, newest)
-        path.write_bytes(whole)
+    refused = pytest.raises(ValueError, match=f"^{newest}: not a whole checkpoint of this model")
+    for data in [whole[: len(whole) // 2], b"", *payloads]:
+        path.write_bytes(data)
+        with refused:
+            utils.load_checkpoint(run, newest)
+    for state in foreign_states(whole):
+        torch.save(state, path)
+        with refused:
+            utils.load_checkpoint(run, newest)
+    path.write_bytes(whole)
     utils.load_checkpoint(run, newest)
     assert run.step == 3 and not marker.exists()
     (newest / "state.pt").unlink()
@@ -271,7 +360,7 @@ def test_damaged_and_malicious_checkpoints_are_named(copied, straight, tmp_path)
 
 
 def test_what_would_not_be_the_same_run_is_not_resumed(copied, tmp_path):
-    with pytest.raises(SystemExit, match=r"^train.py: .*--lr \(0.003 then, 0.5 now\)$"):
+    with pytest.raises(SystemExit, match=r"^train.py: .*\(then, now\): --lr \(0.003, 0.5\)$"):
         train.main(replace(copied, lr=0.5))
     with pytest.raises(SystemExit, match="^train.py: --steps 1: .*run is at step 3 already$"):
         train.main(replace(copied, steps=1))
@@ -279,10 +368,81 @@ def test_what_would_not_be_the_same_run_is_not_resumed(copied, tmp_path):
     run.config = replace(copied, batch=3)
     with pytest.raises(ValueError, match="made with 2 prompts a step, .* now these are 3 x 1 x 1$"):
         utils.load_checkpoint(run, newest)
-    (tmp_path / "my prompts.txt").write_text("a red ring\na blue cross\n")
-    run.config = replace(copied, prompts=tmp_path / "my prompts.txt")
-    with pytest.raises(ValueError, match="the content of .*my prompts.txt has changed since"):
+    run.config, run.prompts = copied, ["a red ring", "a blue cross"]
+    with pytest.raises(ValueError, match="the content of .*train.txt has changed since"):
         utils.load_checkpoint(run, newest)
+
+
+def test_lists_may_change_while_they_are_used(tmp_path, monkeypatch):
+    path = tmp_path / "list.txt"
+    path.write_text("a red ring\na blue cross\n")
+    changes = {"steps": 2, "prompts": path, "eval_prompts": str(path), "sample_every": 2}
+    c = small_config(tmp_path, **OPTIONS | changes)
+
+    def step(run):
+        path.unlink(missing_ok=True)
+        return train.train_step(run)
+
+    monkeypatch.setattr(train, "train", partial(train.train, step=step))
+    train.main(c)
+    assert (c.out / "samples/step-000002.png").exists()
+    path.write_text("a red ring\r\n\na blue cross")  # the same prompts
+    train.main(replace(c, resume=True, steps=3))
+    path.write_text("a red ring\na blue circle\n")
+    with pytest.raises(SystemExit, match=f"the content of {path} has changed"):
+        train.main(replace(c, resume=True, steps=4))
+
+
+def test_what_only_looks_like_ours_is_left_alone(copied, straight):
+    """A user's own files among the checkpoints, odd lines in the log, a reference cut short."""
+    newest = utils.newest_checkpoint(copied.out)
+    shutil.copytree(newest, newest.with_name("step-backup"))
+    (newest.parent / ".step-note").write_text("mine")
+    shutil.rmtree(newest)
+    odd = '[1]\n"step"\n{"a": 1}\n{"step": null}\n{"step": 2, "lo'
+    with open(copied.out / "log.jsonl", "ab") as file:
+        file.write(odd.encode() + b"\xff\xfe\n")
+    references = list(Path(straight.parent / "references").glob("*/*"))
+    assert len(references) > 3
+    copies = [Path(copied.references, *path.parts[-2:]) for path in references]
+    for i, (path, copy) in enumerate(zip(references, copies)):
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes()[: 100 * i])
+    assert finished(copied, straight)
+    names = {path.name for path in newest.parent.iterdir()}
+    steps = {f"step-{step:06d}" for step in (1, 2, 3)}
+    assert names == {"latest", "step-backup", ".step-note"} | steps
+
+
+def test_a_picture_that_cannot_be_written_is_said_and_does_no_harm(tmp_path, straight, capsys):
+    c = small_config(tmp_path, **OPTIONS | {"sample_every": 1, "sample_prompts": 2, "resume": True})
+    utils.save_config(c, c.out / "config.json")
+    (c.out / "samples").write_text("in the way")
+    train.main(c)
+    assert same(state_of(c.out)[:3], state_of(straight)[:3])  # the log has more to say
+    assert re.search("no samples of step 2: .*samples.* cannot be wr", capsys.readouterr().err)
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "grid.png"
+    for error in (OSError(errno.ENOSPC, "No space left on device"), RuntimeError("failed")):
+        with pytest.raises(OSError, match=f"^{path} cannot be written: .*{error.args[-1]}$"):
+            with utils.whole_file(path) as file:
+                file.write(b"half")
+                raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_in_is_found_before_the_work(tmp_path, monkeypatch):
+    utils.check_writable("--to", tmp_path / "a/b")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=f"^--to {tmp_path}/file/b: {tmp_path}/file is no folder"):
+        utils.check_writable("--to", tmp_path / "file/b")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(
+        ValueError, match=f"^--to {tmp_path}: {tmp_path} is no folder that can be wr"
+    ):
+        utils.check_writable("--to", tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -347,30 +507,37 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_named(run, monkeypatch
         else:
             patch.setattr(owner, name, spoil(getattr(owner, name)))
         log, troubles = train.train_step(run)
+    run.step, run.skipped = run.step + 1, log["skipped"]
     assert same(weights(run), before) and not run.optimizer.state and log["skipped"] == 1
     named = batch_of(run.prompts, 0, 2, 0)[0 if reason == ALL else 1 :]
     assert [trouble.prompt for trouble in troubles] == named
     assert all(trouble.reason.startswith(reason) and trouble.fatal for trouble in troubles)
-    train.handle_troubles(run, troubles, skipped=True)
+    train.report(run, troubles)
     said = capsys.readouterr().err
-    assert run.skipped == 1 and all(f"{prompt!r}: {reason}" in said for prompt in named)
-    run.step += 1
+    assert "step 0 skipped: " in said and all(f"{prompt!r}: {reason}" in said for prompt in named)
     log, troubles = train.train_step(run)
-    train.handle_troubles(run, troubles, skipped="skipped" in log)
-    assert "skipped" not in log and run.skipped == 0 and not same(weights(run), before)
+    assert "skipped" not in log and not same(weights(run), before)
 
 
-def test_too_many_skipped_steps_end_the_run_and_keep_the_checkpoint(tmp_path, monkeypatch):
-    c = small_config(tmp_path, steps=9, checkpoint_every=1, max_skips=3, num_steps=2, grad_steps=1)
-    plain, calls = rewards.Blip.__call__, []
+@pytest.fixture
+def good_steps(monkeypatch):
+    """The steps whose loss is finite; all others are skipped."""
+    good, plain, calls = set(), rewards.Blip.__call__, itertools.count()
 
     def reward(*args):
-        calls.append(1)
-        return plain(*args) * (1.0 if len(calls) in (1, 4) else float("nan"))
+        return plain(*args) * (1.0 if next(calls) in good else float("nan"))
 
     monkeypatch.setattr(rewards.Blip, "__call__", reward)
-    reason = "3 steps in a row had a loss or gradient that is not finite .*lower --lr"
-    with pytest.raises(SystemExit, match=reason):
+    return good
+
+
+FAST = {"num_steps": 2, "grad_steps": 1}
+
+
+def test_too_many_skipped_steps_end_the_run_and_keep_the_checkpoints(tmp_path, good_steps):
+    c = small_config(tmp_path, steps=9, checkpoint_every=1, max_skips=3, keep=2, **FAST)
+    good_steps |= {0, 3}
+    with pytest.raises(SystemExit, match="the last 3 steps had a loss .* not finite .*lower --lr"):
         train.main(c)
     rows = [json.loads(line, parse_constant=pytest.fail) for line in open(c.out / "log.jsonl")]
     assert [row.get("skipped", 0) for row in rows] == [0, 1, 1, 0, 1, 1, 1]
@@ -378,7 +545,60 @@ def test_too_many_skipped_steps_end_the_run_and_keep_the_checkpoint(tmp_path, mo
     prompts = batch_of(train.prompt_lists.read(c.prompts), 1, 2, 0)
     reason = "a loss or its gradient is not finite"
     assert rows[1]["troubles"] == [[prompt, reason, True] for prompt in prompts]
-    assert utils.newest_checkpoint(c.out).name == "step-000006"
+    names = {path.name for path in (c.out / "checkpoints").iterdir()}
+    assert names == {"latest", "step-000001", "step-000004"}
+
+
+def test_a_checkpoint_that_is_due_waits_for_a_step_that_is_not_skipped(tmp_path, good_steps):
+    """And a run whose last step is skipped does not end as if all were well."""
+    c = small_config(tmp_path, steps=6, checkpoint_every=2, **FAST)
+    good_steps |= {0, 2, 3, 4}
+    with pytest.raises(SystemExit, match="^train.py: the last 1 steps had a loss"):
+        train.main(c)
+    names = {path.name for path in (c.out / "checkpoints").iterdir()}
+    assert names == {"latest", "step-000003", "step-000004"}
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    def step(run):
+        result = train.train_step(run)
+        run.parameters[-1].data[0, 0] = math.inf if run.step == 1 else 0.0
+        return result
+
+    monkeypatch.setattr(train, "train", partial(train.train, step=step))
+    c = small_config(tmp_path, checkpoint_every=1, **FAST)
+    with pytest.raises(SystemExit, match="^train.py: step 2: the ranks' weights are not finite"):
+        train.main(c)
+    assert utils.newest_checkpoint(c.out).name == "step-000001"
+
+
+def test_every_number_has_a_range():
+    """And what is no number is in none."""
+    numbers = [field for field in fields(configuration.Config) if field.type in (int, float)]
+    assert len(numbers) > 30
+    for field in numbers:
+        values = [-1, -math.inf, math.inf, math.nan] if field.type is float else [-1]
+        for value in values:
+            with pytest.raises(
+                ValueError, match=f"^--{field.name.replace('_', '-')} {value}: must"
+            ):
+                configuration.check(replace(configuration.TOY, **{field.name: value}))
+    for value in ("nan", "inf", "-1"):
+        with pytest.raises(ValueError, match=f"^--rewards {float(value)}: must be from 0 to"):
+            configuration.check(replace(configuration.TOY, rewards=(f"blip={value}",)))
+    for flag in ("seed", "rank"):
+        with pytest.raises(ValueError, match=f"^--{flag} 99999999999999999999: must"):
+            configuration.check(replace(configuration.TOY, **{flag: 99999999999999999999}))
+
+
+@pytest.mark.parametrize("script", [sample, evaluate])
+def test_a_model_that_draws_no_image_is_not_scored(tmp_path, trained, monkeypatch, script):
+    plain = diffusion.decode
+    monkeypatch.setattr(diffusion, "decode", lambda pipe, z: plain(pipe, z) * math.nan)
+    options = {"prompt": ("a red ring",)} if script == sample else {"scores": ("fidelity",)}
+    with pytest.raises(ValueError, match="^an image is not finite: the model or its LoRA is dam"):
+        script.main(script.Options(trained, to=tmp_path / "to", **options))
+    assert not list(tmp_path.rglob("*.*"))
 
 
 def test_black_images_are_named_but_do_no_harm(run, monkeypatch):
@@ -424,18 +644,17 @@ def test_ranks_that_disagree_are_stopped_at_the_start(tmp_path):
 
         def setup(c):
             run = plain(c)
-            run.step = rank
+            run.step, run.prompts = rank, run.prompts[rank:]
             return run
 
-        train.setup, utils.hash_of = setup, lambda path: f"file of {rank}"
+        train.setup = setup
         train.main(replace(c, lr=c.lr * (1 + rank)))
 
     for ended in forked(body, 2):
-        assert ended.code == 1 and ended.output.splitlines()[-1] == (
-            "train.py: the ranks do not agree: --lr is 0.003 and 0.006; the content of --prompts "
-            "is file of 0 and file of 1; the checkpoint to go on from is 0 and 1"
-        )
-    assert not c.out.exists()
+        line = ended.output.splitlines()[-1]
+        assert ended.code == 1 and line.startswith("train.py: the ranks do not agree on --lr (0.00")
+        assert "the content of --prompts (" in line and "the checkpoint to go on from (" in line
+    assert [path.name for path in c.out.iterdir()] == [".lock"]
 
 
 def test_ranks_that_drift_apart_are_stopped(tmp_path):
@@ -502,11 +721,27 @@ def test_other_ranks_may_take_up_the_run(tmp_path, straight):
     assert "3 steps of 1 x 1 x 2 = 2 prompts" in ends[0].output
     assert "steps of" not in ends[1].output
     train.main(replace(c, resume=True, accumulate=2))
-    name, _, (_, lora), rows = state_of(c.out)
-    expected_name, _, (_, expected_lora), expected_rows = state_of(straight)
+    name, _, lora, rows = state_of(c.out)
+    expected_name, _, expected_lora, expected_rows = state_of(straight)
     assert name == expected_name
     for row, expected in zip(rows, expected_rows, strict=True):
         assert row["loss_blip"] == pytest.approx(expected["loss_blip"], rel=0.02)
     moved = torch.cat([w.flatten() for w in lora.values()])
     wanted = torch.cat([w.flatten() for w in expected_lora.values()])
     assert (moved - wanted).norm() < 0.05 * wanted.norm()
+
+
+@pytest.mark.parametrize("flags", [{"steps_scale": -1}, {"steps_scale": math.nan}, {"seed": 2**64}])
+def test_pretraining_refuses_what_is_no_number_of_its(tmp_path, flags):
+    (name,) = flags
+    with pytest.raises(ValueError, match=f"^--{name.replace('_', '-')} .*: must be from 0 to"):
+        pretrain.main(pretrain.Config(out=tmp_path / "out", **flags))
+    assert not (tmp_path / "out").exists()
+
+
+def test_pretraining_names_a_damaged_result_of_an_earlier_stage(tmp_path):
+    shutil.copytree(configuration.SHAPES / "pipeline/vae", tmp_path / "pipeline/vae")
+    path = tmp_path / "pipeline/vae/diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:999])
+    with pytest.raises(ValueError, match=f"^--out {tmp_path}/pipeline/vae: cannot be loaded"):
+        pretrain.main(pretrain.Config(out=tmp_path, only=("segmenter",)))

@@ -13,12 +13,15 @@ from conftest import ALL_LOSSES, free_port, randomise, same, small_config, watch
 from test_bench import RANDOM, parse
 from test_memory import Halves
 
+import diffusion
 import train
 import utils
 from tools import bench
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU is there, or it is hidden", allow_module_level=True)
+
+SAMPLER = "--device cuda --num-steps 2 --grad-steps 1 --attention-steps 1 --rank 2".split()
 
 
 class HalvesThere(Halves):
@@ -45,7 +48,7 @@ def step_on(folder, device, **changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"checkpointing": True}, {"merge": True}, {"through_inputs": True}],
+    [{}, {"merge": False}, {"checkpointing": True}, {"through_inputs": True}],
     ids=str,
 )
 def test_a_step_has_the_cpus_gradients(tmp_path, changes):
@@ -77,13 +80,27 @@ def test_a_run_of_either_device_goes_on_on_the_gpu(tmp_path, device):
 
 
 @pytest.mark.parametrize("preset", ["sdxl", "sd15"])
-@pytest.mark.parametrize("flag", ["--repeat=2", "--profile", "--checkpointing", "--merge"])
+@pytest.mark.parametrize("flag", ["--repeat=2", "--profile", "--checkpointing", "--no-merge"])
 def test_the_true_classes(small_sizes, capsys, preset, flag):
     """In bf16, with GroundingDINO and SAM. bench.main raises if a number is not finite or a
     gradient is missing."""
-    sampler = "--num-steps 2 --grad-steps 1 --attention-steps 1".split()
-    bench.main(parse(preset, *RANDOM, *sampler, "--device", "cuda", "--rank", 2, flag))
+    bench.main(parse(preset, *RANDOM, *SAMPLER, flag))
     assert "loss_pixel" in capsys.readouterr().out
+
+
+def test_a_grid_goes_on_after_a_row_without_memory(small_sizes, monkeypatch, capsys):
+    def replay(pipe, *arguments):
+        if pipe.unet.is_gradient_checkpointing:
+            torch.empty(2**45, device="cuda")
+        return whole_replay(pipe, *arguments)
+
+    whole_replay = diffusion.replay
+    monkeypatch.setattr(diffusion, "replay", replay)
+    bench.main(parse("sdxl", *RANDOM, *SAMPLER, "--grid", "checkpointing", "batch=1"))
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert "out of memory" in first and "out of memory" not in second
+    _, _, *numbers, _ = second.replace("%", "").split("|")
+    assert len(numbers) == 5 and all(float(number) > 0 for number in numbers)
 
 
 def test_nccl_in_a_group_of_one(monkeypatch):

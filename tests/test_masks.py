@@ -359,6 +359,31 @@ def test_it_draws_the_masks_over_the_image(scene, tmp_path, capsys):
     assert 5 < shares["square"] < 15 and shares["ring"] == 0
 
 
+@pytest.mark.parametrize("size", [(3000, 1), (1, 3000), (1, 1), (64, 4)])
+def test_a_thin_image_is_refused_and_a_small_one_read(tmp_path, size, capsys):
+    path, to = tmp_path / "thin.png", tmp_path / "masks.png"
+    Image.new("RGB", size).save(path)
+    if max(size) > 64:
+        with pytest.raises(ValueError, match=f"^--image {path}: {size[0]} x {size[1]}; at most 16"):
+            run("a circle", image=path, to=to, segmenter=str(SEGMENTER))
+    else:
+        run("a circle", image=path, to=to, segmenter=str(SEGMENTER))
+    assert to.exists() == (max(size) <= 64)
+
+
+@pytest.mark.parametrize("to", [".", "masks", "masks.txt", "thin.png/masks.png"])
+def test_what_cannot_be_written_is_known_before_the_models_load(scene, tmp_path, monkeypatch, to):
+    monkeypatch.setattr(masks, "load_segmenter", None)
+    (tmp_path / "thin.png").touch()
+    with pytest.raises(ValueError, match=f"^--to {tmp_path}"):
+        run("a circle", image=scene, to=tmp_path / to, segmenter=str(SEGMENTER))
+
+
+def test_the_kind_of_picture_is_its_names(scene, tmp_path, capsys):
+    run("a circle", image=scene, to=tmp_path / "new/MASKS.JPG", segmenter=str(SEGMENTER))
+    assert Image.open(tmp_path / "new/MASKS.JPG").format == "JPEG"
+
+
 def test_an_image_is_turned_upright(scene, tmp_path, capsys):
     image, exif = Image.open(scene), Image.Exif()
     exif[0x0112] = 6  # orientation: a quarter turn clockwise is due

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ALL_LOSSES, PROMPTS, randomise, small_config, watched_step
 
 import attention
@@ -119,3 +120,33 @@ def test_merging_rounds_in_bfloat16_about_as_much_as_bfloat16_itself():
     assert error("float32", diffusion.merged) < 1e-5 < half
     assert 0.5 * half < error("bfloat16", diffusion.merged) < 2 * half
     assert error("float32", diffusion.adapter, None) > 2 * half  # without the LoRA
+
+
+def test_the_loras_products_in_bfloat16_add_less_than_bfloat16s_own_error(monkeypatch):
+    """Relative differences of the LoRA's gradient of one UNet pass, by the shapes world's base."""
+    c = replace(config.PRESETS["shapes"][1], device="cpu")
+
+    def gradient(dtype):
+        pipe, plan = models.open_pipeline(replace(c, dtype=dtype))
+        parameters = diffusion.add_adapter(pipe.unet, diffusion.ADAPTER, c.rank)
+        randomise(parameters)
+        assert {p.dtype for p in parameters} == {torch.float32}
+        text, step = diffusion.encode(pipe, PROMPTS), plan.steps[4]
+        generators = [torch.Generator().manual_seed(i) for i in range(2)]
+        z = diffusion.initial_noise(pipe, (c.resolution, c.resolution), generators)
+        diffusion.guided(pipe, step, z, text, c.guidance_scale).square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in parameters])
+
+    def difference(a, b):
+        return ((a - b).norm() / b.norm()).item()
+
+    exact, half = gradient("float32"), gradient("bfloat16")
+
+    def in_float32(self, x):  # as peft does it
+        return F.linear(x.float(), self.weight)
+
+    monkeypatch.setattr(diffusion.Projection, "forward", in_float32)
+    before = gradient("bfloat16")
+    assert torch.equal(gradient("float32"), exact)
+    assert 0 < difference(half, before) < difference(before, exact) < 0.02
+    assert difference(half, exact) < 1.3 * difference(before, exact)

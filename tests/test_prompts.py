@@ -1,10 +1,12 @@
 """prompts.py: reading lists, dealing them out, and making the training list without the prompts on
 which models are compared."""
 
+import gzip
 import http.server
 import io
 import json
 import os
+import pickle
 import random
 import re
 import signal
@@ -13,9 +15,11 @@ from contextlib import contextmanager
 from hashlib import sha256
 
 import pytest
+import torch
 from conftest import ROOT, command
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import prompts
 
@@ -92,12 +96,53 @@ def test_a_text_file_is_read_as_pythons_universal_newlines(tmp_path, lines):
     assert prompts.read(listed(tmp_path, text.encode())) == [row for row in expected if row]
 
 
+TABLE = 'id,Prompt,note\r\n1," a ""red"" dog,\nalone ",x\r\n2,,\r\n3,a cat,\r\n'
+FORMS = {  # each holds: a "red" dog, alone; nothing; a cat
+    "list.csv": TABLE,
+    "list.tsv": 'Prompt\tCategory\na "red" dog, alone\tAnimals\n\tNone\na cat\tAnimals\n',
+    "list.json": json.dumps(['a "red" dog, alone', "", "a cat"]),
+    "objects.JSON": json.dumps(
+        [{"text": t} for t in ('a "red" dog,\n alone', "", "a cat")], indent=1
+    ),
+    "list.JSONL": '{"caption": "a \\"red\\" dog, alone"}\n\n{"caption": "a cat"}',
+    "list.ndjson": '{"TEXT": "a \\"red\\" dog, alone", "id": 3}\r\n{"TEXT": "a cat"}\r\n',
+    "list.txt": '# two animals\na "red" dog, alone\n #not this\n\na cat',
+    "list": 'a "red" dog, alone\na cat\n',
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("form", ["plain", "byte order mark", "gz", "gz without its name"])
+def test_every_form_is_read(tmp_path, name, form):
+    data = FORMS[name].encode("utf-8-sig" if form == "byte order mark" else "utf-8")
+    data = gzip.compress(data) if "gz" in form else data
+    path = listed(tmp_path, data, f"{name}.GZ" if form == "gz" else name)
+    assert prompts.read(path) == ['a "red" dog, alone', "a cat"]
+
+
+LAYOUTS = {  # as the benchmarks publish them
+    "evaluation_metadata.jsonl": '{"tag": "single_object", "include": [{"class": "dog"}],'
+    ' "prompt": "a photo of a dog"}\n',
+    "PartiPrompts.tsv": "Prompt\tCategory\tChallenge\tNote\na photo of a dog\tAnimals\tBasic\t\n",
+    "synthetic_counting_prompts.csv": "meta_prompt,vanilla_prompt,n1,obj1,synthetic_prompt\n"
+    '"In one sentence, Describe 1 dog.",1 dog,1,dog,a photo of a dog\n',
+    "colors.csv": "level,meta_prompt,obj1,color1\neasy,a photo of a dog,dog,red\n",
+    "DrawBench.csv": "Prompts,Category\na photo of a dog,Colors\n",
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_lists_of_benchmarks_are_read_as_downloaded(tmp_path, name):
+    assert prompts.read(listed(tmp_path, LAYOUTS[name].encode(), name)) == ["a photo of a dog"]
+
+
 BAD = [b'{"prompt": ', b'{"prompt": "a"}\n[', b'{"prompt": 1e999}', b"9" * 5000, b"\xff\xfea"]
+BAD += [b'prompt\n"a', b'pro\x0bmpt,"\n"\na,b', b"\x1f\x8b\x08", b'[{"a\\nb": 1}]', b"a,b\n1,2,3\n"]
 UTF8 = st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass"))
-NAMES = st.sampled_from(["list.txt", "list.jsonl"])
+NAMES = st.sampled_from(["list.txt", *FORMS])
 
 
-@examples(150)
+@examples(200)
 @given(st.one_of(st.binary(max_size=200), UTF8, st.sampled_from(BAD)), NAMES)
 def test_any_file_is_read_or_refused_in_one_line(tmp_path, data, name):
     path = listed(tmp_path, data, name)
@@ -105,6 +150,12 @@ def test_any_file_is_read_or_refused_in_one_line(tmp_path, data, name):
         assert all(p == p.strip() and p and "\0" not in p for p in prompts.read(path))
     except ValueError as error:
         assert str(error).startswith(f"{path}") and len(str(error).splitlines()) == 1
+
+
+def saved(write):
+    file = io.BytesIO()
+    write(file)
+    return file.getvalue()
 
 
 REFUSED = {
@@ -118,8 +169,19 @@ REFUSED = {
     "no JSON": ("list.jsonl", b'{"prompt": "a"}\n\na dog', ", line 3: not JSON"),
     "half a row": ("list.jsonl", b'{"prompt": "a', ", line 1: not JSON"),
     "deep JSON": ("list.jsonl", b"\n" + b"[" * 100_000, ", line 2: not JSON"),
-    "a string": ("list.jsonl", b'"a dog"', ', line 1: .*"prompt"'),
-    "another field": ("list.jsonl", b'{"text": "a dog"}', ', line 1: .*"prompt"'),
+    "another field": ("list.jsonl", b'{"id": 3, "title": "a"}', r", line 1: .*\['id', 'title'\]"),
+    "another column": ("list.csv", b"id,title\n3,a\n", r": no field prompt.*\['id', 'title'\]"),
+    "a table without rows": ("list.csv", b"prompt\n", ": no prompts"),
+    "a row too short": ("list.tsv", b"id\tprompt\n3\n", ': .*"prompt"'),
+    "a cell too long": ("list.csv", b"prompt\n" + b"a" * 200_000, ": not a table"),
+    "no JSON array": ("list.json", b"{", ": not JSON"),
+    "a list in a list": ("list.json", b'["a", ["b"]]', ', entry 2: .*"prompt"'),
+    "torch.save": ("list.pt", saved(lambda f: torch.save({}, f)), ": no text"),
+    "an old pickle": ("list.pkl", pickle.dumps(["a dog"], 2), ": no text"),
+    "a picture": ("list.txt", saved(lambda f: Image.new("L", (9, 9)).save(f, "png")), ": no text"),
+    "parquet": ("list.parquet", b"PAR1" + bytes(99), ": parquet.*read_parquet"),
+    "half a .gz": ("list.txt.gz", gzip.compress(b"a dog" * 99)[:-9], ": a damaged .gz"),
+    "no .gz": ("list.txt.gz", b"\x1f\x8b" + b"a dog" * 9, ": a damaged .gz"),
     "a number": ("list.jsonl", b'{"prompt": 3}', ', line 1: .*"prompt"'),
     "NUL": ("list.jsonl", rb'{"prompt": "a \u0000 dog"}', ", line 1: NUL"),
     "half a pair": ("list.jsonl", rb'{"prompt": "a \ud83d dog"}', ", line 1: .*surrogate"),

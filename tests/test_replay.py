@@ -128,7 +128,7 @@ class World:
                 total = total + formula(
                     {name: layer[b] for name, layer in maps.items()}, tokens, self.masks[b]
                 )
-        return total / 2**8, total.item()
+        return {"attention": total / 2**8}, {"total": total.item()}
 
     def gradients(self):
         gradients = torch.cat([p.grad.flatten() for p in self.parameters])
@@ -140,8 +140,8 @@ class World:
         arguments = self.pipe, self.plan, self.text, self.noise, seeded(2), GUIDANCE
         return diffusion.sample(*arguments, keep=trained)
 
-    def replay(self, states, gradient, attended, through_inputs=False):
-        loss = diffusion.AttentionLoss(attended, BLOCKS, self.attention_loss)
+    def replay(self, states, gradient, attended, through_inputs=False, measured=()):
+        loss = diffusion.AttentionLoss(attended, BLOCKS, self.attention_loss, measured)
         arguments = self.pipe, self.plan, self.text, states, gradient, GUIDANCE
         return diffusion.replay(*arguments, loss, through_inputs)
 
@@ -164,7 +164,7 @@ class World:
                     output = diffusion.predict(self.pipe, both, step.t, self.text.both())
             if captured:
                 maps = attention.attention_maps(captured, 2)
-                total = total + self.attention_loss(maps)[0]
+                total = total + self.attention_loss(maps)[0]["attention"]
             null, prompt = output.chunk(2)
             output = null + GUIDANCE * (prompt - null)
             z = step.a * z + step.b * output
@@ -223,6 +223,21 @@ def test_replay_returns_a_note_for_each_attended_step():
     notes = world.replay(states, torch.zeros_like(z), attended=[4, 2])
     assert [world.replay(states, torch.zeros_like(z), [i])[0] for i in (4, 2)] == notes
     assert notes[0] != notes[1] and world.replay(states, torch.zeros_like(z), []) == []
+
+
+def test_the_norm_of_each_losss_own_gradient():
+    """As if each loss were replayed alone; measuring changes nothing."""
+    world = World()
+    z, states = world.sample([2])
+    plain = world.replay(states, z, attended=[2]), world.gradients()
+    measured = world.replay(states, z, attended=[2], measured=world.parameters)
+    assert torch.equal(world.gradients(), plain[1]) and plain[0][0].items() < measured[0].items()
+    world.replay(states, z, attended=[])
+    alone = {"lora_gradient_norm_latents": world.gradients().norm().item()}
+    world.replay(states, torch.zeros_like(z), attended=[2])
+    alone["lora_gradient_norm_attention"] = world.gradients().norm().item()
+    assert alone == {name: pytest.approx(measured[0][name], rel=1e-9) for name in alone}
+    assert min(alone.values()) > 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -321,7 +336,7 @@ def test_sd15_samples_and_replays_and_its_stock_pipeline_loads_the_lora(tmp_path
 
     def attention_loss(maps):
         maps_seen.extend(maps.values())
-        return sum(layer[..., 1].mean() for layer in maps.values()), None
+        return {"first": sum(layer[..., 1].mean() for layer in maps.values())}, {}
 
     def sample(prompts, keep=()):
         text, generators = diffusion.encode(pipe, prompts), seeded(len(prompts))

@@ -3,6 +3,7 @@ the saved adapter."""
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,8 +160,27 @@ def test_a_run_leaves_its_logs_samples_and_checkpoints(trained):
     wanted |= {f"loss_{name}" for name in ("blip", "adversarial", "discriminator")}
     wanted |= {"loss_token", "loss_pixel", "latents_gradient_norm_blip", "entities"}
     wanted |= {f"seconds_{name}" for name in ("sample", "judge", "masks", "replay", "optimiser")}
+    wanted |= {f"lora_gradient_norm_{name}" for name in ("latents", "token", "pixel")}
     for row in rows:
         assert wanted <= row.keys() and row["gradient_norm"] > 0
+
+
+def test_shares_of_the_gradient_are_reported_at_the_start_and_then_with_the_samples(tmp_path):
+    """They are measured at these steps only: each costs a backward pass a loss."""
+    for every, reported in ((2, [0, 2]), (0, [0])):
+        sizes = {"steps": 3, "num_steps": 4, "sample_prompts": 1, "sample_every": every}
+        c = small_config(tmp_path / str(every), **sizes, **ALL_LOSSES)
+        train.main(c)
+        rows = [json.loads(line) for line in open(c.out / "log.jsonl")]
+        assert [row["step"] for row in rows if "lora_gradient_norm_token" in row] == reported
+
+
+def test_a_share_is_a_norm_over_the_sum_of_its_kind():
+    log = {"latents_gradient_norm_blip": 3.0, "latents_gradient_norm_clip": 1.0, "loss_blip": 9.0}
+    on_latents = "gradient on the latents: blip 75.00%, clip 25.00%"
+    assert train.gradient_shares(log) == on_latents
+    log |= {"lora_gradient_norm_latents": 1.0, "lora_gradient_norm_token": 0.25}
+    assert train.gradient_shares(log) == f"{on_latents}; on the lora: latents 80.00%, token 20.00%"
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +201,7 @@ def test_resume_refuses_another_recipe_and_names_the_field(saved):
     others = {"lr": 0.5, "grad_steps": 3, "seed": 1, "through_inputs": True, "beta1": 0.5}
     others |= {"attention_blocks": ("mid_block",), "rewards": ("blip=2",)}
     for name, value in others.items():
-        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} .* then, .* now.$"):
+        with pytest.raises(ValueError, match=rf"now\): --{name.replace('_', '-')} \(.*, .*\)$"):
             utils.open_output(replace(c, **{name: value}))
 
 
@@ -208,13 +228,53 @@ def test_the_newest_checkpoints_are_kept_and_none_is_half_written(saved):
     assert (c.out / "checkpoints/latest").resolve().name == "step-000100"
 
 
-def test_a_configuration_survives_its_file(saved, tmp_path):
+def test_a_configuration_survives_its_file(saved):
     assert utils.load_config(saved[0].out / "config.json") == saved[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"batch": "32"}, "batch: Input should be a valid integer"),
+        ({"batch": 1.5}, "batch: Input should be a valid integer"),
+        ({"lr": None}, "lr: Input should be a valid number"),
+        ({"resume": "yes"}, "resume: Input should be a valid boolean"),
+        ({"scheduler": "heun"}, "scheduler: Input should be 'ddpm', 'ddim' or 'euler'"),
+        ({"attention_blocks": "mid_block"}, "attention_blocks: Input should be a valid array"),
+        ({"rewards": [1]}, "rewards: 0: Input should be a valid string"),
+        ({"stepz": 4, "steps": "4"}, "steps: .*; stepz: Unexpected keyword argument"),
+        ("{", "Invalid JSON"),
+        ("[1]", "Input should be an object"),
+    ],
+)
+def test_a_hand_edited_configuration_is_refused_by_file_and_field(saved, tmp_path, fields, words):
     path = tmp_path / "config.json"
-    for text in ("{", '{"stepz": 4}', "[1]"):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=f"^{path}: not a configuration"):
-            utils.load_config(path)
+    values = json.loads((saved[0].out / "config.json").read_text())
+    path.write_text(fields if isinstance(fields, str) else json.dumps(values | fields))
+    with pytest.raises(ValueError, match=f"^{path}: not a configuration: {words}"):
+        utils.load_config(path)
+
+
+def test_paths_in_the_repository_move_with_it(saved, tmp_path, monkeypatch):
+    """Those that are there or are paths by type; hub ids stay, as do paths elsewhere."""
+    old, new, run = configuration.ROOT, tmp_path / "moved", tmp_path / "run"
+    new.mkdir()
+    (new / "shapes").symlink_to(old / "shapes")
+    monkeypatch.chdir(old)
+    given = {"model": "shapes/weights/pipeline", "captioner": "../no/such", "sam": "me/sam"}
+    c = replace(saved[0], **given, references=old / "data/references", out=run, vae="")
+    utils.save_config(c, run / "config.json")
+    assert str(old) not in (run / "config.json").read_text()
+    monkeypatch.setattr(configuration, "ROOT", new)
+    moved = {"model": str(new / given["model"]), "references": new / "data/references"}
+    moved |= {"segmenter": str(new / "shapes/weights/segmenter")}
+    found = utils.load_config(run / "config.json")
+    for name in ("prompts", "eval_prompts"):
+        value = getattr(c, name)
+        moved[name] = type(value)(new / Path(value).relative_to(old))
+    assert found == replace(c, **moved)
+    monkeypatch.chdir(new)
+    assert utils.open_output(replace(c, **moved, resume=True)) is None  # of the same recipe
 
 
 @torch.no_grad()

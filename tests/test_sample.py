@@ -1,18 +1,18 @@
 """sample.py and images.py: images with what made them, LoRAs that fit and those that do not, what
 words attend to."""
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
-from conftest import PROMPTS, command, randomise, small_config, tiny_sd15
-from diffusers import UNet2DConditionModel
+from conftest import PROMPTS, command, forked, randomise, small_config, tiny_sd15
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import attention
 import config as configuration
@@ -66,22 +66,27 @@ def test_images_know_their_prompt_seed_and_models(out, tmp_path):
     prompts = ["a red circle and a blue square", "красный круг, naïve \U0001f600"]
     draw(out, prompt=prompts, seed=5, to=tmp_path)
     names = {f"00{i}-{label}.png" for i in range(2) for label in ("base", "tuned")}
-    assert {path.name for path in tmp_path.iterdir()} == names | {"grid.png"}
-    for i, prompt in enumerate(prompts):
-        for label, lora in (("base", "none"), ("tuned", f"{out}/checkpoints/latest")):
-            image = Image.open(tmp_path / f"00{i}-{label}.png")
-            model = str(configuration.SHAPES / "pipeline")
-            assert image.size == (32, 32)
-            assert image.text == {
-                "prompt": prompt,
-                "seed": str(5 + i),
-                "num_steps": "3",
-                "guidance_scale": "2.0",
-                "scheduler": "ddpm",
-                "model": model,
-                "unet": model,
-                "lora": lora,
-            }
+    lists = {"grid.png", "metadata.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == names | lists
+    rows = [json.loads(row) for row in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    assert {row["file_name"] for row in rows} == names
+    for row in rows:
+        i, tuned = int(row["file_name"][:3]), "tuned" in row["file_name"]
+        assert row == {"file_name": row["file_name"], "text": prompts[i]}  # columns of a dataset
+        image = Image.open(tmp_path / row["file_name"])
+        model = str(configuration.SHAPES / "pipeline")
+        assert image.size == (32, 32)
+        assert image.text == row | {
+            "seed": str(5 + i),
+            "num_steps": "3",
+            "guidance_scale": "2.0",
+            "scheduler": "ddpm",
+            "negative_prompt": "",
+            "method": "none",
+            "model": model,
+            "unet": model,
+            "lora": f"{out}/checkpoints/latest" if tuned else "none",
+        }
     assert differ(tmp_path / "000-base.png", tmp_path / "000-tuned.png") > 5
 
 
@@ -102,7 +107,7 @@ def test_the_base_alone_needs_no_checkpoint(out, tmp_path, monkeypatch, capsys):
     draw(out, to=tmp_path / "both")
     draw(tmp_path / "bare", base_only=True)
     folder = tmp_path / "bare/images"
-    names = {"000-base.png", "001-base.png", "grid.png"}
+    names = {"000-base.png", "001-base.png", "grid.png", "metadata.jsonl"}
     assert {path.name for path in folder.iterdir()} == names
     assert differ(folder / "000-base.png", tmp_path / "both/000-base.png") == 0
     assert "prompts: 2, images: " in capsys.readouterr().out
@@ -119,9 +124,51 @@ def test_a_run_opens_on_another_device_than_its_own(tmp_path):
 def test_a_list_of_prompts_gives_its_first_n(out, tmp_path, capsys):
     (tmp_path / "list.txt").write_text("a red circle\n\na blue ring\na white cross\n")
     draw(out, prompt=(), prompts=tmp_path / "list.txt", n=2, to=tmp_path / "images")
-    drawn = [Image.open(path).text["prompt"] for path in tmp_path.glob("images/*-base.png")]
+    drawn = [Image.open(path).text["text"] for path in tmp_path.glob("images/*-base.png")]
     assert sorted(drawn) == ["a blue ring", "a red circle"]
     assert "sampling: 100%" in capsys.readouterr().err
+
+
+def test_a_negative_prompt_stands_in_the_null_prompts_place(out, opened, tmp_path):
+    _, pipe, _, _, _ = opened
+    for name, options in {"none": {}, "blue": {"negative_prompt": "blue"}}.items():
+        draw(out, **options, to=tmp_path / name)
+    draw(out, negative_prompt="blue", guidance_scale=1.0, to=tmp_path / "unguided")
+    draw(out, guidance_scale=1.0, to=tmp_path / "plain")
+    assert differ(tmp_path / "none/000-tuned.png", tmp_path / "blue/000-tuned.png") > 5
+    assert differ(tmp_path / "plain/000-tuned.png", tmp_path / "unguided/000-tuned.png") == 0
+    text, other = diffusion.encode(pipe, PROMPTS, "blue"), diffusion.encode(pipe, ["blue"] * 2)
+    assert torch.equal(text.null.tokens, other.prompt.tokens)
+    assert torch.equal(text.null.pooled, other.prompt.pooled)
+
+
+def test_what_of_a_prompt_is_not_read_is_said(out, tmp_path, capsys):
+    words = "red circle " * 37 + "red blue ring"  # 77 tokens with start and end, and two more
+    draw(out, prompt=(words, "a red ring"), negative_prompt=words, to=tmp_path)
+    said = [line for line in capsys.readouterr().err.splitlines() if "cut at" in line]
+    assert len(said) == 2 and all(
+        line.endswith("cut at 77 tokens, not read: 'blue ring'") for line in said
+    )
+
+
+def test_fields_of_a_run_may_be_replaced(out, tmp_path):
+    tiny_sd15(tmp_path / "sd")
+    model = {"model": str(tmp_path / "sd"), "unet": "", "vae": ""}
+    draw(out, **model, base_only=True, resolution=64, scheduler="euler", to=tmp_path / "images")
+    image = Image.open(tmp_path / "images/000-base.png")
+    assert image.size == (64, 64)
+    assert image.text["model"] == model["model"] and image.text["scheduler"] == "euler"
+
+
+def test_two_ranks_draw_what_one_draws(out, tmp_path):
+    listed = {"prompt": [f"a {colour} ring" for colour in ("red", "blue", "green")], "batch": 1}
+    draw(out, **listed, to=tmp_path / "one")
+    ended = forked(lambda: draw(out, **listed, device="cpu", to=tmp_path / "two"), 2)
+    assert [end.code for end in ended] == [0, 0], ended
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "two").iterdir()) and len(files) == 8
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -132,7 +179,7 @@ def test_a_lora_may_be_a_folder_or_a_file(out, tmp_path):
     draw(out, to=tmp_path / "run")
     folder = out / "checkpoints/step-000004"
     for lora in (folder, folder / LORA):
-        draw("shapes", lora=str(lora), num_steps=3, to=tmp_path / "lora")
+        draw("shapes", lora=(str(lora),), num_steps=3, to=tmp_path / "lora")
         assert differ(tmp_path / "lora/001-tuned.png", tmp_path / "run/001-tuned.png") == 0
         assert Image.open(tmp_path / "lora/001-tuned.png").text["lora"] == str(lora)
 
@@ -147,64 +194,13 @@ def test_a_loras_text_encoder_part_belongs_to_the_tuned_model_only(out, tmp_path
     unet = load_file(out / "checkpoints/latest" / LORA)
     unet = {key.removeprefix("unet."): value for key, value in unet.items()}
     pipe.save_lora_weights(tmp_path, unet_lora_layers=unet, text_encoder_lora_layers=layers)
-    _, pipe, _ = models.open_run(out, lora=str(tmp_path))
+    _, pipe, _ = models.open_run(out, loras=(str(tmp_path),))
     tokens = {}
     for name in (diffusion.ADAPTER, None, diffusion.ADAPTER):
         with models.using(pipe, name):
             tokens[name] = diffusion.encode(pipe, PROMPTS).prompt.tokens
     assert torch.equal(tokens[None], plain)
     assert (tokens[diffusion.ADAPTER] - plain).abs().max() > 1e-2
-
-
-def lora_of_another_unet(down, up):
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        cross_attention_dim=32,
-        down_block_types=down,
-        up_block_types=up,
-        attention_head_dim=2,
-    )
-    diffusion.add_adapter(unet, "x", 2)
-    state = get_peft_model_state_dict(unet, adapter_name="x")
-    return {f"unet.{key}": value.contiguous() for key, value in state.items()}
-
-
-def test_loras_that_do_not_fit_are_refused_in_one_line(out, tmp_path):
-    whole = out / "checkpoints/latest" / LORA
-    wide, narrow = "CrossAttn{}Block2D", "{}Block2D"
-    states = {
-        "sizes": lora_of_another_unet(
-            (narrow.format("Down"), wide.format("Down")), (wide.format("Up"), narrow.format("Up"))
-        ),
-        "elsewhere": lora_of_another_unet(
-            (wide.format("Down"), narrow.format("Down")), (narrow.format("Up"), wide.format("Up"))
-        ),
-        "unrelated": {"head.weight": torch.zeros(2, 2)},
-        "partly": load_file(whole)
-        | {"unet.down_blocks.7.attn2.to_q.lora_A.weight": torch.zeros(2, 64)},
-    }
-    for name, state in states.items():
-        save_file(state, tmp_path / f"{name}.safetensors")
-    (tmp_path / "text.safetensors").write_text("not tensors")
-    (tmp_path / "cut.safetensors").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    for name, words in {
-        "sizes": "another architecture",
-        "elsewhere": "another architecture",
-        "partly": "another architecture",
-        "unrelated": "no LoRA for a UNet",
-        "text": "cannot be loaded",
-        "cut": "cannot be loaded",
-        "nowhere": "cannot be loaded",
-    }.items():
-        lora = tmp_path / f"{name}.safetensors"
-        with pytest.raises(ValueError, match=words) as caught:
-            draw(out, lora=str(lora), to=tmp_path / "images")
-        message = str(caught.value)
-        assert message.startswith(f"--lora {lora}: ") and "\n" not in message, name
-    assert not (tmp_path / "images").exists()
 
 
 def test_unfinished_checkpoints_are_refused(out, tmp_path):
@@ -229,16 +225,20 @@ def test_unfinished_checkpoints_are_refused(out, tmp_path):
         ({"prompt": ()}, "no prompts: give --prompt"),
         ({"prompt": (" ", "")}, "no prompts"),
         ({"prompts": Path("/nowhere.txt")}, "/nowhere.txt"),
-        ({"n": 0}, "--n, --batch: must be at least 1"),
-        ({"batch": 0}, "--n, --batch: must be at least 1"),
-        ({"num_steps": -1}, "--num-steps, --guidance-scale: cannot be negative"),
-        ({"seed": -3}, "--seed, .*: cannot be negative"),
-        ({"guidance_scale": -1.0}, "--guidance-scale: cannot be negative"),
+        ({"n": 0}, "--n 0: must be from 1"),
+        ({"batch": 0}, "--batch 0: must be from 1"),
+        ({"num_steps": -1}, "--num-steps -1: must be from 1"),
+        ({"seed": -3}, "--seed -3: must be from 0"),
+        ({"seed": 2**63}, "--seed 9223372036854775808: must be from 0"),
+        ({"guidance_scale": float("nan")}, "--guidance-scale nan: must be from 0"),
+        ({"resolution": 40}, "--resolution 40: must be a multiple of 16"),
+        ({"model": "/nowhere"}, "--model /nowhere: cannot be loaded"),
+        ({"vae": "shapes/weights/captioner"}, "--vae shapes/weights/captioner: cannot be loaded"),
         ({"out": "shapes", "base_only": True, "num_steps": 2000}, "--num-steps 2000: .* 1000"),
         ({"out": "sdxl"}, "sdxl: a preset has no checkpoint"),
         ({"out": "nowhere"}, "nowhere: not an output folder"),
-        ({"base_only": True, "lora": "x"}, "exclude each other"),
-        ({"lora": "x", "checkpoint": "step-000004"}, "exclude each other"),
+        ({"base_only": True, "lora": ("x",)}, "exclude each other"),
+        ({"lora": ("x",), "checkpoint": "step-000004"}, "exclude each other"),
         ({"to": Path("/proc/version")}, "File exists: '/proc/version'"),
     ],
 )

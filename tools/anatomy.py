@@ -60,8 +60,8 @@ def take_step(run):
     ):
         train.add_gradients(run, 0)
     z = judge.call_args.args[1]
-    _, *attention = attend.call_args_list[0].args
-    return z, attention, norms[::-1]  # replay goes backwards
+    _, entities, masks, maps = attend.call_args_list[0].args
+    return z, (maps, entities, masks), norms[::-1]  # replay goes backwards
 
 
 def show_bars(axes, labels, values):
@@ -112,7 +112,7 @@ def main(c):
         raise ValueError("every part of a step is drawn: leave blip in --rewards, and no weight 0")
     run.prompts = [c.prompt]
     if c.run:
-        run.load_adapters(Path(c.run, "checkpoints/latest"))
+        utils.load_weights(run, Path(c.run, "checkpoints/latest"))
     step = take_step(run)
     figure, panels = draw(run, *step)
     for _ in range(c.updates):

@@ -3,9 +3,11 @@
     python tools/bench.py sdxl --random-weights            does my GPU hold the recipe? No download
     python tools/bench.py sd15 --random-weights --batch 2  any field of the configuration is a flag
     python tools/bench.py shapes --profile                 the weights that the preset names
+    python tools/bench.py sdxl --random-weights --grid batch=1 batch=6 "batch=6 checkpointing"
 
-The first step counts the arithmetic, the next ones are timed; each makes its reference latents. It
-is an error if a number is not finite or a tensor of an adapter gets no gradient.
+The last prints a Markdown table, README's of a card. A first step measures each loss's share of the
+gradient, a second counts the arithmetic, the next are timed; each makes its reference latents. A
+number that is not finite, or a missing gradient, is an error.
 """
 
 import sys
@@ -25,8 +27,8 @@ class Bench(Config):
     """Steps to time; the fastest is shown."""
     profile: bool = False
     """Show the operators that take most of a step, by torch's profiler."""
-    json: str = ""
-    """Write the figures to this file, too."""
+    grid: tuple[str, ...] = ()
+    """Flags without their dashes, "batch=6 no-merge": a row of the table each."""
 
 
 BENCHES = {name: (text, Bench(**vars(config))) for name, (text, config) in PRESETS.items()}
@@ -34,6 +36,7 @@ BENCHES = {name: (text, Bench(**vars(config))) for name, (text, config) in PRESE
 if __name__ == "__main__":
     config = parse(presets=BENCHES)  # before the heavy imports: --help answers at once
 
+import gc
 import json
 import math
 import tempfile
@@ -43,6 +46,7 @@ from contextlib import contextmanager
 import diffusers
 import torch
 import transformers
+import tyro
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
@@ -124,7 +128,7 @@ class FlopCounter(TorchDispatchMode):
 
 
 def measure(run, repeat):
-    """({phase: (seconds, TFLOP, peak GiB)} of the fastest step, and what it logs)."""
+    """({phase: (seconds, TFLOP, peak GiB)} of the fastest step, "step" for all; what it logs)."""
     counter, tflop, peak = FlopCounter(), defaultdict(float), defaultdict(float)
     device = run.pipe.unet.device
 
@@ -139,11 +143,17 @@ def measure(run, repeat):
         peak[name] = max(peak[name], utils.peak_memory(device))
 
     run.phase = phase
+    run.measuring = True
+    print(train.gradient_shares(step(run)[1]))
+    run.measuring = False
     with counter:
         step(run)
     steps = [step(run) for _ in range(repeat)]
     seconds, log = min(steps, key=lambda timed: sum(timed[0].values()))
-    return {name: (seconds[name], tflop[name], peak[name]) for name in seconds}, log
+    phases = {name: (seconds[name], tflop[name], peak[name]) for name in seconds}
+    all_seconds, all_tflop, all_gib = zip(*phases.values())
+    phases["step"] = sum(all_seconds), sum(all_tflop), max(all_gib)
+    return phases, log
 
 
 def step(run):
@@ -157,27 +167,27 @@ def step(run):
     return run.seconds, log
 
 
-def measure_peak_speed(device, dtype):
+def measure_peak_speed(unet):
     """TFLOP/s of a large matrix product: what the device reaches, not what its maker says."""
-    n = 8192 if device.type == "cuda" else 1024
-    square = torch.randn(n, n, device=device, dtype=dtype)
+    n = 8192 if unet.device.type == "cuda" else 1024
+    square = torch.randn(n, n, device=unet.device, dtype=unet.dtype)
     timer = Timer("a @ a", globals={"a": square}, num_threads=torch.get_num_threads())
     return 2 * n**3 / 1e12 / timer.blocked_autorange().median
 
 
 def print_table(phases, peak_speed):
-    seconds, tflop, gib = zip(*phases.values())
-    total = sum(seconds)
-    rows = phases | {"step": (total, sum(tflop), max(gib))}
+    total = phases["step"][0]
     print("phase           seconds   share     TFLOP   TFLOP/s  of peak  peak GiB")
-    for name, (seconds, tflop, gib) in rows.items():
+    for name, (seconds, tflop, gib) in phases.items():
         speed = tflop / seconds
         print(f"{name:<14}{seconds:>9.2f}{seconds / total:>8.1%}{tflop:>10.3f}", end="")
         print(f"{speed:>10.3f}{speed / peak_speed:>9.1%}{gib:>10.2f}")
     print(f"peak: {peak_speed:.3f} TFLOP/s, of a large matrix product")
 
 
-def main(c):
+def bench(c):
+    """Measures a configuration and prints the figures: (phases and log of `measure`, peak TFLOP/s).
+    Raises ValueError for a number that is not finite and a missing gradient."""
     if c.repeat < 1:
         raise ValueError(f"--repeat {c.repeat}: must be at least 1")
     torch.manual_seed(c.seed)
@@ -188,23 +198,51 @@ def main(c):
         torch.nn.init.normal_(parameter, std=0.01)
     build.announce(run)
     phases, log = measure(run, c.repeat)
-    device = run.pipe.unet.device
-    peak_speed = measure_peak_speed(device, run.pipe.unet.dtype)
+    peak_speed = measure_peak_speed(run.pipe.unet)
     print_table(phases, peak_speed)
-    shown = {name: value for name, value in log.items() if "loss" in name or "norm" in name}
-    print(", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+    print(", ".join(f"{name} {value:.4g}" for name, value in log.items()))
     if c.profile:
         with torch.profiler.profile() as profiler:
             step(run)
-        print(profiler.key_averages().table(f"self_{device.type}_time_total", row_limit=15))
-    if c.json:
-        figures = {"phases": phases, "log": log, "peak_speed": peak_speed, "config": vars(c)}
-        utils.write(c.json, json.dumps(figures, indent=2, default=str) + "\n")
+        order = f"self_{run.pipe.unet.device.type}_time_total"
+        print(profiler.key_averages().table(order, row_limit=15))
     reached = [state for state in run.optimizer.state.values() if state["exp_avg"].any()]
     missing = len(run.trainables()) - len(reached)
     wrong = [name for name, value in log.items() if not math.isfinite(value)]
     if wrong or missing:
         raise ValueError(f"{missing} adapter tensors without gradient; not finite: {wrong}")
+    return phases, log, peak_speed
+
+
+def grid_row(flags, c):
+    """A configuration's cells; GiB: allocated at most, reserved at the end, in use on the card."""
+    print(f"\n{' '.join(flags)}")
+    try:
+        phases, _, peak_speed = bench(c)
+        seconds, tflop, allocated = phases["step"]
+        cells = [f"{seconds:.1f}", f"{tflop / seconds / peak_speed:.1%}", f"{allocated:.1f}"]
+    except torch.OutOfMemoryError:
+        cells = ["out of memory", "", ""]
+    if utils.choose_device(c).type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        cells += [f"{n / 2**30:.1f}" for n in (torch.cuda.memory_reserved(), total - free)]
+    gc.collect()  # of the models, which hold each other
+    torch.cuda.empty_cache()
+    return [f"`{' '.join(flags)}`", *cells]
+
+
+def main(c):
+    if not c.grid:
+        return bench(c)
+    rows = [[f"--{word}" for word in words.split()] for words in c.grid]
+    configs = [tyro.cli(Bench, args=flags, default=replace(c, grid=())) for flags in rows]
+    on_gpu = utils.choose_device(c).type == "cuda"
+    header = [torch.cuda.get_device_name() if on_gpu else "CPU", "seconds", "of peak", "peak GiB"]
+    header += ["reserved", "on the card"] if on_gpu else []
+    table = [header, ["---"] * len(header), *map(grid_row, rows, configs)]
+    print(f"\ntorch {torch.__version__}\n")
+    for cells in table:
+        print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

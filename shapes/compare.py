@@ -1,0 +1,114 @@
+"""CoMat beside what needs no training and beside DPOK: the same base, prompts and noise.
+
+    python shapes/compare.py    # an hour on two cores
+
+Each run is in a folder of its own below OUT; what is finished is not run again, what was cut off
+goes on. Prints the table, with the time of sampling and training; OUT/compare.json has the same,
+OUT/baselines.png a row of images for each."""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import CalledProcessError, run
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from config import PRESETS, ROOT
+
+
+@dataclass
+class Options:
+    out: Path = Path("out/compare")
+    """Folder for all runs, the table and the picture."""
+    seeds: tuple[int, ...] = (0,)
+    """One run of each trainer per seed."""
+    steps: int = PRESETS["shapes"][1].steps
+    """Optimiser steps of CoMat; DPOK sees as many images."""
+
+
+if __name__ == "__main__":
+    options = tyro.cli(Options, description=__doc__)
+
+import images
+import models
+import prompts as prompt_lists
+import utils
+from baselines import training_free
+from diffusion import ADAPTER
+from shapes import ablation
+
+SCORES = ["--scores", "oracle", "blip", "fidelity"]
+EXCITE = "attend-and-excite"
+TRAINED = {  # name -> (command, training-free methods on top of it)
+    "CoMat": (["train.py", "shapes"], [EXCITE]),
+    "DPOK": (["baselines/dpok.py", "shapes", "--lr=1e-3"], []),
+}
+TIMED, SHOWN = 16, 4  # held-out prompts
+
+
+def score_all(options):
+    """{name: [(folder, side) of each seed]} of all that is compared, trained and scored."""
+    out = options.out.resolve()
+    folder = out / "training-free"
+    if not (folder / "results.json").exists():
+        command = [sys.executable, "evaluate.py", "shapes", f"--to={folder}", *SCORES]
+        run([*command, "--method", *training_free.METHODS], cwd=ROOT, check=True)
+    runs = {name: [(folder, f"base+{name}")] for name in training_free.METHODS}
+    for name, (train, methods) in TRAINED.items():
+        scoring = [*SCORES, "--method", *methods]
+        for seed in options.seeds:
+            command = [*train, f"--seed={seed}"]
+            folder = ablation.finish(out / f"{name}-{seed}", command, options.steps, scoring)
+            for side in ("tuned", *(f"tuned+{method}" for method in methods)):
+                label = side.replace("tuned", name)
+                runs.setdefault(label, []).append((folder, side))
+    return runs
+
+
+def draw(source, side):
+    """(images of the first held-out prompts, CPU seconds of sampling them)."""
+    config, pipe, plan = models.open_run(source, base_only=source in PRESETS)
+    model, _, method = side.partition("+")
+    adapters = {model: ADAPTER if model == "tuned" else None}
+    sides = training_free.sides(adapters, [method] if method else [], config.parser)
+    adapter, sampler = sides[side]
+    prompts = prompt_lists.read(config.eval_prompts)[:TIMED]
+    how = config.guidance_scale, config.resolution, [adapter]
+    start = time.process_time()
+    (z,) = images.latents(pipe, plan, prompts, *how, sampler=sampler)
+    seconds = time.process_time() - start
+    return images.decode_all(pipe, z)[:SHOWN], seconds
+
+
+def minutes_of(folder):
+    """How long a run was trained; 0 for what was not."""
+    log = folder / "log.jsonl"
+    rows = map(json.loads, log.read_text().splitlines()) if log.exists() else ()
+    return sum(row["seconds"] for row in rows) / 60
+
+
+def main(options):
+    runs = score_all(options)
+    table = ablation.tabulate(runs)
+    pictures, seconds, minutes = {}, {}, {}
+    pictures["base"], seconds["base"] = draw("shapes", "base")
+    for name, ((folder, side), *_) in runs.items():
+        source = "shapes" if side.startswith("base") else folder
+        pictures[name], seconds[name] = draw(source, side)
+        minutes[name] = minutes_of(folder)
+    ablation.show(table)
+    costs = {name: own / seconds["base"] for name, own in seconds.items()}
+    for name in runs:
+        print(f"{name:35}sampling x {costs[name]:.2f}, {minutes[name]:.1f} minutes of training")
+    results = {"scores": table, "relative_cost_of_sampling": costs, "training_minutes": minutes}
+    utils.write(options.out / "compare.json", json.dumps(results, indent=2) + "\n")
+    prompts = prompt_lists.read(PRESETS["shapes"][1].eval_prompts)[:SHOWN]
+    images.grid(prompts, pictures).save(options.out / "baselines.png")
+
+
+if __name__ == "__main__":
+    with utils.one_line_errors("compare.py", faults=(ValueError, OSError, CalledProcessError)):
+        main(options)

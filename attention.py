@@ -59,16 +59,20 @@ def attention_maps(captured, batch, aspect=1.0):
     tokens. aspect: the image's width / height."""
     maps = {}
     for name, layer in captured.items():
-        query, key = (split_heads(layer[x][-batch:], layer["heads"]) for x in ("query", "key"))
-        probabilities = (query @ key.transpose(-1, -2) * layer["scale"]).softmax(-1)
-        height = round((query.shape[2] / aspect) ** 0.5)
+        query = split_heads(layer["query"][-batch:], layer["heads"])
+        key = split_heads(layer["key"][-batch:], layer["heads"])
+        scores = query @ key.transpose(-1, -2)
+        probabilities = (layer["scale"] * scores).softmax(-1)
+        pixels = query.shape[2]
+        height = round((pixels / aspect) ** 0.5)
         maps[name] = probabilities.unflatten(2, (height, -1))
     return maps
 
 
 def split_heads(x, heads):
     """(B, n, heads * d) -> (B, heads, n, d), fp32."""
-    return x.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+    split = x.float().unflatten(-1, (heads, -1))
+    return split.transpose(1, 2)
 
 
 @torch.no_grad()
@@ -83,7 +87,9 @@ def entity_activation(activations, entities):
     where a prompt has none. activations: (B, tokens); entities: per prompt a list of Entity."""
     means = []
     for row, own in zip(activations.cpu(), entities):
-        tokens = [token for entity in own for token in entity.tokens]
+        tokens = []
+        for entity in own:
+            tokens += entity.tokens
         means.append(row[tokens].mean())
     return torch.stack(means)
 
@@ -92,5 +98,6 @@ def share_inside(attention, mask):
     """The share of a map (h, w) that falls into a mask (H, W); NaN if the mask is empty."""
     if not mask.any():
         return float("nan")
-    fine = F.interpolate(attention[None, None].float(), mask.shape, mode="bilinear")[0, 0]
-    return ((fine * mask).sum() / fine.sum()).item()
+    (fine,) = F.interpolate(attention[None, None].float(), mask.shape, mode="bilinear")[0]
+    inside = (fine * mask).sum()
+    return (inside / fine.sum()).item()

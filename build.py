@@ -151,3 +151,19 @@ def announce(run):
     product = f"{c.batch} x {c.accumulate} x {run.world_size} = {each} prompts"
     print(f"{c.steps} steps of {product}, {epochs:.1f} epochs of {len(run.prompts)}")
     print(f"losses: {', '.join(run.terms)}; gradient through {c.grad_steps} of {c.num_steps} steps")
+
+
+def gradient_shares(log):
+    """Each term's share of the gradient's norms on the latents and, at the attention steps, on the
+    LoRA, as a line; docs/recipe.md says how to read it."""
+    parts = []
+    for of in ("latents", "lora"):
+        prefix = f"{of}_gradient_norm_"
+        norms = {name: value for name, value in log.items() if name.startswith(prefix)}
+        total = sum(norms.values()) or 1.0
+        shares = []
+        for name, norm in norms.items():
+            shares.append(f"{name.removeprefix(prefix)} {norm / total:.2%}")
+        if shares:
+            parts.append(f"{of}: {', '.join(shares)}")
+    return f"gradient on the {'; on the '.join(parts)}"

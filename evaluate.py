@@ -263,22 +263,27 @@ def compare(sides):
     return dict(zip(sides, entries))
 
 
+def gaussian(features):
+    """(mean, R) of features (n, dim); R'R is their covariance, R is from a QR decomposition."""
+    mean = features.mean(0)
+    r = torch.linalg.qr(features - mean, mode="r").R
+    degrees = max(len(features) - 1, 1)
+    return mean, r / degrees**0.5
+
+
 def frechet_distance(x, y):
     """Squared Frechet distance of the Gaussians of features (n, dim) and (m, dim) (Heusel et al.
     2017, eq. 6): |mu_x - mu_y|^2 + tr(S_x) + tr(S_y) - 2 tr((S_x S_y)^1/2).
 
-    With S = R'R, R from the QR decomposition of the centred features, the last trace is the sum of
-    the singular values of R_x R_y'. No root of a matrix: exact even where n < dim."""
-    x, y = x.double(), y.double()
-    mu_x, mu_y = x.mean(0), y.mean(0)
-    r_x = torch.linalg.qr(x - mu_x, mode="r").R
-    r_y = torch.linalg.qr(y - mu_y, mode="r").R
-    r_x /= max(len(x) - 1, 1) ** 0.5
-    r_y /= max(len(y) - 1, 1) ** 0.5
+    With S = R'R the last trace is the sum of the singular values of R_x R_y'. No root of a matrix:
+    exact even where n < dim."""
+    mu_x, r_x = gaussian(x.double())
+    mu_y, r_y = gaussian(y.double())
     shift = (mu_x - mu_y).square().sum()
     traces = r_x.square().sum() + r_y.square().sum()
     common = torch.linalg.matrix_norm(r_x @ r_y.T, "nuc")
-    return (shift + traces - 2 * common).clamp(min=0).item()
+    distance = shift + traces - 2 * common
+    return distance.clamp(min=0).item()
 
 
 def fidelity(sides, other):

@@ -126,8 +126,8 @@ def grid(prompts, rows, columns=4):
         for label, images in rows.items():
             if column == 0:
                 middle = y + side // 2
-                lines = textwrap.fill(label.replace("+", " +"), 9)
-                pen.multiline_text((8, middle), lines, "black", font, "lm")
+                lines = textwrap.fill(label.replace("+", " +"), 10)
+                pen.multiline_text((3, middle), lines, "black", font, "lm")
             picture = to_pil(images[i])
             grows = picture.width < side
             method = Image.NEAREST if grows else Image.LANCZOS

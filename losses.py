@@ -87,7 +87,10 @@ def place_and_shape(name, maps):
 
 def cross_entropy(maps, tokens, masks):
     average = maps.mean((0, 1))  # (h, w, text tokens)
-    summed = [average[..., list(indices)].sum(-1) for indices in tokens]
+    summed = []
+    for indices in tokens:
+        own = average[..., list(indices)]
+        summed.append(own.sum(-1))
     p = torch.stack(summed).clamp(1e-6, 1 - 1e-6)
     mask = resize_masks(masks, p.shape[1:])
     log_likelihood = torch.where(mask > 0, p.log(), (1 - p).log())
@@ -97,11 +100,12 @@ def cross_entropy(maps, tokens, masks):
 def resize_masks(masks, size):
     """Masks (N, H, W) -> (N, *size), 0 or 1: area-averaged and cut at one half; a mask smaller than
     a cell keeps the cell where it covers most."""
-    area = F.adaptive_avg_pool2d(masks.float()[:, None], size)[:, 0]
+    area = F.adaptive_avg_pool2d(masks.float(), size)
     peak = area.amax((1, 2), keepdim=True)
-    tiny = (peak > 0) & (peak < 0.5)
-    best_cell = tiny & (area == peak)
-    return ((area >= 0.5) | best_cell).float()
+    is_tiny = (peak > 0) & (peak < 0.5)
+    best_cell = is_tiny & (area == peak)
+    covered = area >= 0.5
+    return (covered | best_cell).float()
 
 
 ATTENTION_LOSSES = {  # --attention-reduction -> name, whose weight is the field <name>_weight

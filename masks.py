@@ -57,26 +57,33 @@ class GroundedSAM(torch.nn.Module):
 
     def __init__(self, dino, tokenizer, sam, box_threshold, text_threshold, dtype):
         super().__init__()
-        self.dino, self.tokenizer, self.sam = dino.float(), tokenizer, sam.float()
+        self.dino = dino.float()
+        self.tokenizer = tokenizer
+        self.sam = sam.float()
         self.sam.vision_encoder.to(dtype)
         self.eval().requires_grad_(False)
-        self.box_threshold, self.text_threshold, self.dtype = box_threshold, text_threshold, dtype
+        self.box_threshold = box_threshold
+        self.text_threshold = text_threshold
+        self.dtype = dtype
         side = sam.config.vision_config.image_size
-        sizes = {"size": {"longest_edge": side}, "pad_size": {"height": side, "width": side}}
         self.dino_input = transformers.GroundingDinoImageProcessor()
-        self.sam_input = transformers.SamImageProcessor(**sizes)
+        self.sam_input = transformers.SamImageProcessor(
+            size={"longest_edge": side}, pad_size={"height": side, "width": side}
+        )
 
     @torch.no_grad()
     def masks(self, images, nouns):
         """Images (B, 3, H, W) in [0, 1], nouns per image -> list of masks (nouns, H, W), 0 or 1;
         the mask of a noun that is not found is empty. An image without nouns costs nothing."""
-        masks = [images.new_zeros(len(names), *images.shape[-2:]) for names in nouns]
+        size, masks = images.shape[-2:], []
         pixels = (images.clamp(0, 1) * 255).round().byte()
-        for image, names, its_masks in zip(pixels, nouns, masks):
+        for image, names in zip(pixels, nouns):
+            its_masks = images.new_zeros(len(names), *size)
             boxes, owners = self.detect(image, names) if names else ([], [])
             pieces = self.cut_out(image, boxes) if len(boxes) else []
             for owner, piece in zip(owners, pieces):
                 its_masks[owner, piece] = 1
+            masks.append(its_masks)
         return masks
 
     def detect(self, pixels, nouns):
@@ -88,32 +95,41 @@ class GroundedSAM(torch.nn.Module):
         caption, of_noun = caption_of(nouns, self.tokenizer)
         image = self.dino_input(pixels, return_tensors="pt")
         out = self.dino(**image, **caption.to(pixels.device))
-        scores = out.logits[0, :, : of_noun.shape[1]].sigmoid()
-        of_nouns = scores[:, None].masked_fill(~of_noun.to(pixels.device), -1)
+        tokens = of_noun.shape[1]
+        scores = out.logits[0, :, :tokens].sigmoid()  # (boxes, tokens)
+        of_others = ~of_noun.to(pixels.device)
+        of_nouns = scores[:, None].masked_fill(of_others, -1)
         best_of_noun, owners = of_nouns.amax(2).max(1)
         best, order = scores.amax(1).sort(descending=True, stable=True)
-        counts = (best >= self.box_threshold) & (best_of_noun[order] >= self.text_threshold)
-        kept = order[counts][:MAX_BOXES]
-        return box_convert(out.pred_boxes[0, kept], "cxcywh", "xyxy"), owners[kept]
+        is_box = best >= self.box_threshold
+        is_nouns = best_of_noun[order] >= self.text_threshold
+        kept = order[is_box & is_nouns][:MAX_BOXES]
+        boxes = box_convert(out.pred_boxes[0, kept], "cxcywh", "xyxy")
+        return boxes, owners[kept]
 
     def cut_out(self, pixels, boxes):
         """SAM: boxes (N, 4) as above -> what they hold (N, H, W), bool."""
         inputs = self.sam_input(pixels, return_tensors="pt")
-        embedding = self.sam.get_image_embeddings(inputs.pixel_values.to(self.dtype)).float()
-        sizes = inputs.original_sizes, inputs.reshaped_input_sizes
-        height, width = sizes[1][0].tolist()
+        pixel_values = inputs.pixel_values.to(self.dtype)
+        embedding = self.sam.get_image_embeddings(pixel_values).float()
+        height, width = inputs.reshaped_input_sizes[0].tolist()
         boxes = boxes * boxes.new_tensor([width, height, width, height])
         out = self.sam(image_embeddings=embedding, input_boxes=boxes[None], multimask_output=False)
-        return self.sam_input.post_process_masks(out.pred_masks, *sizes)[0][:, 0]
+        sizes = inputs.original_sizes, inputs.reshaped_input_sizes
+        (masks,) = self.sam_input.post_process_masks(out.pred_masks, *sizes)
+        return masks[:, 0]
 
 
 def caption_of(nouns, tokenizer):
     """GroundingDINO's caption "noun . noun .", and whose its tokens are: (nouns, tokens) bool."""
-    words = [word for noun in nouns for word in (noun, ".")]
+    words = []
+    for noun in nouns:
+        words += [noun, "."]
     options = {"truncation": True, "max_length": MAX_CAPTION, "return_tensors": "pt"}
     caption = tokenizer(words, is_split_into_words=True, **options)
-    indices = [-1 if index is None else index for index in caption.word_ids()]
-    return caption, torch.tensor(indices) == 2 * torch.arange(len(nouns))[:, None]
+    word_of_token = [-1 if index is None else index for index in caption.word_ids()]
+    word_of_noun = 2 * torch.arange(len(nouns))
+    return caption, torch.tensor(word_of_token) == word_of_noun[:, None]
 
 
 def load_segmenter(config, device):

@@ -13,8 +13,8 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
 
 import diffusion
-import lora
 from config import PRESETS, check_ranges, unet_and_vae
+from tools import lora
 from utils import choose_device, first_line, load_config
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")

@@ -22,6 +22,7 @@ import math
 import random
 import sys
 import time
+from collections import defaultdict
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from typing import NamedTuple
@@ -35,7 +36,7 @@ import images as pictures
 import losses
 import prompts as prompt_lists
 import utils
-from build import announce, setup
+from build import announce, gradient_shares, setup
 from entities import find_entities, repeated_nouns
 
 # ==================================================================================================
@@ -142,9 +143,11 @@ def is_fatal(troubles):
 def choose_steps(c, step):
     """The K trained steps, evenly spaced from a random start, and the attention steps among them,
     drawn without replacement; equal on all ranks."""
-    rng = random.Random(utils.seed_of(c.seed, "steps", step))
+    seed = utils.seed_of(c.seed, "steps", step)
+    rng = random.Random(seed)
     interval = c.num_steps // c.grad_steps
-    start = rng.randrange(c.num_steps - interval * (c.grad_steps - 1))
+    span = interval * (c.grad_steps - 1)
+    start = rng.randrange(c.num_steps - span)
     trained = [start + k * interval for k in range(c.grad_steps)]
     attended = rng.sample(trained, min(c.attention_steps, c.grad_steps))
     return trained, attended
@@ -157,9 +160,10 @@ def deal(run, part):
     place = run.rank * c.accumulate + part
     places = run.world_size * c.accumulate
     prompts = prompt_lists.batch_of(run.prompts, run.step, c.batch, c.seed, place, places)
-    first = place * c.batch
-    names = [(c.seed, "noise", run.step, 0, first + i) for i in range(c.batch)]
-    generators = [torch.Generator().manual_seed(utils.seed_of(*name)) for name in names]
+    generators = []
+    for i in range(c.batch):
+        seed = utils.seed_of(c.seed, "noise", run.step, 0, place * c.batch + i)
+        generators.append(torch.Generator().manual_seed(seed))
     return prompts, generators
 
 
@@ -188,19 +192,25 @@ def judge(run, z, prompts):
             gradients[name][part] = share * weight * gradient
             log[f"loss_{name}"] = log.get(f"loss_{name}", 0.0) + share * loss.item()
     if c.adversarial_cap and run.discriminator:
-        reward_gradient = sum(gradients[name] for name in run.rewards)
-        limit = c.adversarial_cap * reward_gradient.norm()
-        norm = gradients["adversarial"].norm().clamp(min=1e-20)
-        gradients["adversarial"] *= (limit / norm).clamp(max=1)
+        cap_adversarial(run, gradients)
     for name, gradient in gradients.items():
         log[f"latents_gradient_norm_{name}"] = gradient.norm().item()
     return torch.cat(images) if images else None, gradients, log
 
 
+def cap_adversarial(run, gradients):
+    """Scales the adversarial gradient down to adversarial_cap times the rewards' norm."""
+    of_rewards = sum(gradients[name] for name in run.rewards)
+    limit = run.config.adversarial_cap * of_rewards.norm()
+    norm = gradients["adversarial"].norm().clamp(min=1e-20)
+    gradients["adversarial"] *= (limit / norm).clamp(max=1)
+
+
 def random_crop(c, step):
     """The rows, and the columns, that the rewards see at a step."""
     margin = c.resolution // 224
-    start = random.Random(utils.seed_of(c.seed, "crop", step)).randint(0, margin)
+    seed = utils.seed_of(c.seed, "crop", step)
+    start = random.Random(seed).randint(0, margin)
     return slice(start, start + c.resolution - margin)
 
 
@@ -223,13 +233,14 @@ def find_troubles(prompts, z, images, gradients):
 
 def attention_loss_of(run, images, prompts, steps):
     """(AttentionLoss against the masks of the prompts' entities, numbers to log)."""
-    tokenizer = run.pipe.tokenizer
-    entities = [find_entities(prompt, run.parser, tokenizer) for prompt in prompts]
-    repeated = [repeated_nouns(prompt, run.parser, tokenizer) for prompt in prompts]
-    counts = {"entities": sum(map(len, entities)), "repeated_nouns": sum(map(len, repeated))}
-    nouns = []
-    for of_prompt in entities:
-        nouns.append([entity.noun for entity in of_prompt])
+    entities, nouns, counts = [], [], {"entities": 0, "repeated_nouns": 0}
+    for prompt in prompts:
+        own = find_entities(prompt, run.parser, run.pipe.tokenizer)
+        repeated = repeated_nouns(prompt, run.parser, run.pipe.tokenizer)
+        entities.append(own)
+        nouns.append([entity.noun for entity in own])
+        counts["entities"] += len(own)
+        counts["repeated_nouns"] += len(repeated)
     entity_masks = run.segmenter.masks(images, nouns)
 
     blocks, measured = run.config.attention_blocks, run.parameters if run.measuring else []
@@ -293,28 +304,18 @@ def average_and_clip(run):
 
 def learning_rate(c, step):
     """Linear warm-up, then a line from c.lr to c.lr_end * c.lr."""
-    rise = min(1.0, (step + 1) / (c.warmup + 1))
-    fall = 1 + (c.lr_end - 1) * min(1.0, step / c.steps)
-    return c.lr * rise * fall
-
-
-def gradient_shares(log):
-    """Each term's share of the gradient's norms on the latents and, at the attention steps, on the
-    LoRA, as a line; docs/recipe.md says how to read it."""
-    parts = []
-    for of in ("latents", "lora"):
-        prefix = f"{of}_gradient_norm_"
-        norms = {name: value for name, value in log.items() if name.startswith(prefix)}
-        total = sum(norms.values()) or 1.0
-        shares = [f"{name.removeprefix(prefix)} {norm / total:.2%}" for name, norm in norms.items()]
-        parts += [f"{of}: {', '.join(shares)}"] if norms else []
-    return f"gradient on the {'; on the '.join(parts)}"
+    risen = min(1.0, (step + 1) / (c.warmup + 1))
+    progress = min(1.0, step / c.steps)
+    factor = 1 + (c.lr_end - 1) * progress
+    return c.lr * risen * factor
 
 
 def mean_of(logs):
     """The mean of each number over the rows that have it."""
-    names = dict.fromkeys(name for log in logs for name in log)
-    columns = {name: [log[name] for log in logs if name in log] for name in names}
+    columns = defaultdict(list)
+    for log in logs:
+        for name, value in log.items():
+            columns[name].append(value)
     return {name: sum(values) / len(values) for name, values in columns.items()}
 
 
@@ -332,20 +333,16 @@ def train(run, step=train_step):
     bar = tqdm(file=err, desc=c.out.name, total=c.steps, initial=run.step, disable=not first)
     with redirect_stdout(out), redirect_stderr(err), bar:
         while run.step < c.steps and not stopping:
-            start = time.perf_counter()
-            run.seconds = {}
             run.measuring = run.step % (c.sample_every or c.steps) == 0
-            numbers, troubles = step(run)
-            numbers |= {f"seconds_{phase}": seconds for phase, seconds in run.seconds.items()}
-            numbers["seconds"] = time.perf_counter() - start
-            numbers["peak_memory_gib"] = utils.peak_memory(run.pipe.unet.device)
+            numbers, troubles = timed(run, step)
             log.write(run.step, numbers, troubles)
+            if first and run.measuring:
+                tqdm.write(f"step {run.step}: {gradient_shares(numbers)}")
             run.step += 1
             run.skipped = run.skipped + 1 if "skipped" in numbers else 0
-            bar.set_postfix({k: v for k, v in numbers.items() if k.startswith("loss_")})
+            losses_only = {name: value for name, value in numbers.items() if "loss_" in name}
+            bar.set_postfix(losses_only)
             bar.update()
-            if first and run.measuring:
-                tqdm.write(f"step {run.step - 1}: {gradient_shares(numbers)}")
             report(run, troubles)
             if first and c.sample_every and run.step % c.sample_every == 0:
                 draw_samples(run, log)
@@ -363,15 +360,29 @@ def train(run, step=train_step):
     stop.forget()
 
 
+def timed(run, step):
+    """What a step returns, its seconds and the peak memory among the numbers."""
+    run.seconds = {}
+    start = time.perf_counter()
+    numbers, troubles = step(run)
+    numbers["seconds"] = time.perf_counter() - start
+    for phase, seconds in run.seconds.items():
+        numbers[f"seconds_{phase}"] = seconds
+    numbers["peak_memory_gib"] = utils.peak_memory(run.pipe.unet.device)
+    return numbers, troubles
+
+
 def report(run, troubles):
     """Says which prompts made trouble; ends the run if too many steps in a row were skipped, or its
     last ones."""
     c = run.config
-    listed = "; ".join(f"{trouble.prompt[:80]!r}: {trouble.reason}" for trouble in troubles)
+    lines = [f"{trouble.prompt[:80]!r}: {trouble.reason}" for trouble in troubles]
+    listed = "; ".join(lines)
     if run.rank == 0 and (troubles or run.skipped):
         what = " skipped" if run.skipped else ""
         tqdm.write(f"step {run.step - 1}{what}: {listed or 'not finite'}", file=sys.stderr)
-    if run.skipped >= c.max_skips or run.skipped and run.step == c.steps:
+    is_last = run.step == c.steps
+    if run.skipped >= c.max_skips or (run.skipped and is_last):
         message = (
             f"train.py: the last {run.skipped} steps had a loss or gradient that is not finite "
             f"({listed}); the newest checkpoint is from before; try a lower --lr or --dtype float32"

@@ -336,17 +336,17 @@ def open_output(c):
     Refuses a folder that is in use, and a resume with another recipe. A rank that torchrun has
     started again resumes by itself."""
     resume = c.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    begun = (c.out / "config.json").is_file()
-    if int(os.environ.get("RANK", 0)) == 0:
+    begun, first = (c.out / "config.json").is_file(), int(os.environ.get("RANK", 0)) == 0
+    if first:
         used = c.out.exists() and (not c.out.is_dir() or set(os.listdir(c.out)) - {LOCK})
         if used and not (resume and begun):
             mend = "go on with --resume, or choose another" if begun else "choose another"
             raise ValueError(f"--out {c.out}: not empty; {mend}")
+    if begun:
+        check_same_recipe(c)
+    if first:
         lock(c.out)
-    if not begun:
-        return None
-    check_same_recipe(c)
-    return newest_checkpoint(c.out)
+    return newest_checkpoint(c.out) if begun else None
 
 
 def lock(folder):

@@ -154,6 +154,7 @@ def dpok_step(value, optimizer, run):
     steps = [i for i, step in enumerate(run.plan.steps) if step.c > LEAST_NOISE]
     with torch.no_grad():
         advantages = {i: rewards - expected(value, rollout, i) for i in steps}
+        unexplained = torch.stack([*advantages.values()]).square().mean()
     for _ in range(VALUE_STEPS):
         error = F.mse_loss(expected(value, rollout, rng.choice(steps)), rewards)
         optimizer.zero_grad()
@@ -166,7 +167,7 @@ def dpok_step(value, optimizer, run):
             logs.append(add_gradients(run, rollout, chosen, advantages))
         logs.append(train.update(run, skip=False))
     images = (run.step + 1) * run.prompts_per_step()
-    log = {"reward": mean.item(), "value_error": error.item(), "images": images}
+    log = {"reward": mean.item(), "value_error": unexplained.item(), "images": images}
     return log | train.mean_of(logs), []
 
 

@@ -34,8 +34,8 @@ class Nudge:
 
     The step at i is step_size * sqrt(f_i), f falling linearly from 1 to `decay` over all steps.
     goals {share of the steps: value}: there an image makes more steps, at most `tries`, until its
-    loss is no larger. The images of a batch do not see each other. shuffled: the gradient's numbers
-    change places, which leaves its length and no meaning."""
+    loss is no larger. The images of a batch do not see each other. at_random: steps as long, in a
+    random direction."""
 
     pipe: object
     plan: diffusion.Schedule
@@ -46,7 +46,7 @@ class Nudge:
     decay: float = 1.0
     goals: dict = field(default_factory=dict)
     tries: int = 20
-    shuffled: bool = False
+    at_random: bool = False
 
     def __call__(self, i, z):
         steps = self.plan.steps
@@ -73,13 +73,15 @@ class Nudge:
         x = x.detach().requires_grad_()
         with attention.capture(unet, attention.all_blocks(unet)) as captured:
             diffusion.predict(self.pipe, x, t, self.text.prompt)
-        values = self.loss(mean_maps(captured, len(x), x.shape[-1] / x.shape[-2]))
+        batch, _, height, width = x.shape
+        maps = mean_maps(captured, batch, width / height)
+        values = self.loss(maps)
         (gradient,) = torch.autograd.grad(values.sum(), x)
-        if self.shuffled:
-            flat = gradient.flatten(1)
+        if self.at_random:
             generator = torch.Generator().manual_seed(round(t))
-            order = torch.randperm(flat.shape[1], generator=generator)
-            gradient = flat[:, order].view_as(gradient)
+            noise = torch.randn(x.shape[1:], generator=generator).to(x)
+            lengths = torch.linalg.vector_norm(gradient, dim=(1, 2, 3), keepdim=True)
+            gradient = lengths * noise / noise.norm()
         return values.detach(), gradient
 
 
@@ -88,7 +90,8 @@ def mean_maps(captured, batch, aspect):
     that are at least ROWS, or, where all have less, with the most."""
     rows = {}
     for name, layer in captured.items():
-        rows[name] = round((layer["query"].shape[1] / aspect) ** 0.5)
+        pixels = layer["query"].shape[1]
+        rows[name] = round((pixels / aspect) ** 0.5)
     enough = [count for count in rows.values() if count >= ROWS]
     chosen = min(enough) if enough else max(rows.values())
     layers = {name: captured[name] for name in rows if rows[name] == chosen}
@@ -224,7 +227,7 @@ METHODS = {  # a method's keywords are its settings
     "attend-and-excite-refined": partial(
         attend_and_excite, **EXCITE, goals={0.0: 0.95, 0.2: 0.5, 0.4: 0.2}, tries=20
     ),
-    "random-direction": partial(attend_and_excite, **EXCITE, shuffled=True),
+    "random-direction": partial(attend_and_excite, **EXCITE, at_random=True),
 }
 
 

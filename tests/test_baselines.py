@@ -106,7 +106,7 @@ def test_a_nudge_raises_the_attention_of_the_least_excited_noun(
     assert torch.equal(once[at_goal], moved[at_goal])
     values, _ = nudge.look(once * step.scale, step.t)
     assert (values <= goal).all() and (far - z).norm() > 1.5 * (moved - z).norm()
-    control = replace(nudge, shuffled=True)(0, z) - z
+    control = replace(nudge, at_random=True)(0, z) - z
     assert torch.allclose(control.flatten(1).norm(dim=1), (moved - z).flatten(1).norm(dim=1))
     assert torch.nn.functional.cosine_similarity(control.flatten(), (moved - z).flatten(), 0) < 0.3
 

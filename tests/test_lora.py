@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import config as configuration
 import diffusion
-import lora
 import models
+from tools import lora
 
 PIPELINE = str(configuration.SHAPES / "pipeline")
 

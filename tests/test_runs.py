@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ALL_LOSSES, PROMPTS, forked, randomise, same, small_config, watched_step
 
+import build
 import config as configuration
 import diffusion
 import images
@@ -178,9 +179,9 @@ def test_shares_of_the_gradient_are_reported_at_the_start_and_then_with_the_samp
 def test_a_share_is_a_norm_over_the_sum_of_its_kind():
     log = {"latents_gradient_norm_blip": 3.0, "latents_gradient_norm_clip": 1.0, "loss_blip": 9.0}
     on_latents = "gradient on the latents: blip 75.00%, clip 25.00%"
-    assert train.gradient_shares(log) == on_latents
+    assert build.gradient_shares(log) == on_latents
     log |= {"lora_gradient_norm_latents": 1.0, "lora_gradient_norm_token": 0.25}
-    assert train.gradient_shares(log) == f"{on_latents}; on the lora: latents 80.00%, token 20.00%"
+    assert build.gradient_shares(log) == f"{on_latents}; on the lora: latents 80.00%, token 20.00%"
 
 
 @pytest.fixture(scope="module")

@@ -214,7 +214,7 @@ def test_a_stage_leaves_what_the_world_loads(tmp_path):
 
 
 def test_a_stage_without_its_vae_is_refused(tmp_path):
-    with pytest.raises(OSError, match="pipeline/vae"):
+    with pytest.raises(ValueError, match="pipeline/vae"):
         pretrain.main(pretrain.Config(only=("unet",), out=tmp_path))
     assert pretrain.Config().out.resolve() != config.SHAPES
 

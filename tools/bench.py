@@ -144,7 +144,7 @@ def measure(run, repeat):
 
     run.phase = phase
     run.measuring = True
-    print(train.gradient_shares(step(run)[1]))
+    print(build.gradient_shares(step(run)[1]))
     run.measuring = False
     with counter:
         step(run)

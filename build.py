@@ -54,6 +54,17 @@ class Run:
             torch.cuda.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
+    def timed(self, step):
+        """What a step(run) returns, its seconds and the peak memory among the numbers."""
+        self.seconds = {}
+        start = time.perf_counter()
+        numbers, troubles = step(self)
+        numbers["seconds"] = time.perf_counter() - start
+        for phase, seconds in self.seconds.items():
+            numbers[f"seconds_{phase}"] = seconds
+        numbers["peak_memory_gib"] = utils.peak_memory(self.pipe.unet.device)
+        return numbers, troubles
+
     def discriminator_active(self):
         """Around its passes, forwards and backwards."""
         return self.discriminator.active() if self.discriminator else nullcontext()
@@ -104,6 +115,24 @@ def setup(c, pipe=None, judges=None, segmenter=None):
         pipe.vae.enable_gradient_checkpointing()
     pipe.unet.set_adapter(diffusion.ADAPTER)
     utils.broadcast(run.trainables(), world_size)
+    return run
+
+
+def begin(c):
+    """The Run of a Config, new or as its newest checkpoint left it. Raises ValueError for what the
+    user can mend."""
+    configuration.check(c)
+    utils.check_writable("--references", c.references)
+    checkpoint = utils.open_output(c)
+    run = setup(c)
+    if checkpoint:
+        utils.load_checkpoint(run, checkpoint)
+    if run.step > c.steps:
+        raise ValueError(f"--steps {c.steps}: {c.out} is at step {run.step} already")
+    utils.check_alike(run)
+    if run.rank == 0:
+        utils.save_config(c, c.out / "config.json")
+        announce(run)
     return run
 
 

@@ -228,8 +228,9 @@ def is_english(doc):
 
 def spans_of(word, text, places):
     """Where the text has a word, or the words that `as_read` joined: [(start, stop)]."""
-    start, stop = places[word.idx], places[word.idx + len(word) - 1] + 1
-    return [(start + m.start(), start + m.end()) for m in re.finditer(r"\S+", text[start:stop])]
+    start, last = places[word.idx], word.idx + len(word) - 1
+    words = re.finditer(r"\S+", text[start : places[last] + 1])
+    return [(start + match.start(), start + match.end()) for match in words]
 
 
 def spans_of_thing(mentions, text, places):
@@ -339,8 +340,7 @@ def find_entities(prompt, nlp=None, tokenizer=None):
     """Depictable nouns of a prompt with attributes and CLIP's tokens, in order -> list[Entity].
 
     nlp: a spaCy pipeline; tokenizer: CLIP's, a fast one. Never raises on a string: words beyond
-    the context are dropped, and a prompt that is not English has none, which stderr says once.
-    """
+    the context are dropped, and a prompt that is not English has none, which stderr says once."""
     return list(_read(prompt, nlp, tokenizer)[0])
 
 

@@ -258,9 +258,12 @@ def compare(sides):
     ends = torch.tensor([0.025, 0.975])
     means = [values.nanmean().item() for values in scores]
     resampled = [values[rows, columns].nanmean((1, 2)) for values in scores]
-    intervals = [(own - resampled[0]).nanquantile(ends).tolist() for own in resampled]
-    entries = [entry(mean, means[0], interval) for mean, interval in zip(means, intervals)]
-    return dict(zip(sides, entries))
+    entries = {}
+    for side, mean, own in zip(sides, means, resampled):
+        differences = own - resampled[0]
+        interval = differences.nanquantile(ends).tolist()
+        entries[side] = entry(mean, means[0], interval)
+    return entries
 
 
 def gaussian(features):

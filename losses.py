@@ -66,7 +66,10 @@ def pixel_loss_official(attention, tokens, masks):
 
 
 def mean_over_heads(attention):
-    return {name: maps.float().mean(0, keepdim=True) for name, maps in attention.items()}
+    averages = {}
+    for name, maps in attention.items():
+        averages[name] = maps.float().mean(0, keepdim=True)
+    return averages
 
 
 def grouped(attention, key):

@@ -127,7 +127,8 @@ def draw(options, opened, sides, rows, folder, judges):
     """Writes the images of sides {label: (adapter, sampler)} and rows {label: [PNG text of an
     image]}, and with judges (parser, segmenter) their heat maps."""
     config, pipe, plan = opened
-    prompts, seeds = zip(*((row["text"], row["seed"]) for row in rows["base"]))
+    prompts = [row["text"] for row in rows["base"]]
+    seeds = [row["seed"] for row in rows["base"]]
     finished, pictures = [], []
     for label, (adapter, sampler) in sides.items():
         how = config.guidance_scale, config.resolution, [adapter], seeds, options.batch, sampler

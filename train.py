@@ -21,8 +21,6 @@ if __name__ == "__main__":
 import math
 import random
 import sys
-import time
-from collections import defaultdict
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from typing import NamedTuple
@@ -36,7 +34,7 @@ import images as pictures
 import losses
 import prompts as prompt_lists
 import utils
-from build import announce, gradient_shares, setup
+from build import begin, gradient_shares
 from entities import find_entities, repeated_nouns
 
 # ==================================================================================================
@@ -52,7 +50,7 @@ def train_step(run):
             break
     results = utils.gather(results, run.world_size)  # so that all ranks step, or none
     troubles = [trouble for _, batch_troubles in results for trouble in batch_troubles]
-    log = mean_of([batch_log for batch_log, _ in results])
+    log = utils.mean_of([batch_log for batch_log, _ in results])
     log |= update(run, skip=is_fatal(troubles))
     return log, troubles
 
@@ -93,7 +91,7 @@ def add_gradients(run, part):
         logs = diffusion.replay(
             pipe, plan, text, states, dz, c.guidance_scale, attention_loss, c.through_inputs
         )
-    log |= mean_of(logs)
+    log |= utils.mean_of(logs)
 
     # 5. Discriminator: the original model's latents are real, the online model's fake
     if run.discriminator:
@@ -310,15 +308,6 @@ def learning_rate(c, step):
     return c.lr * risen * factor
 
 
-def mean_of(logs):
-    """The mean of each number over the rows that have it."""
-    columns = defaultdict(list)
-    for log in logs:
-        for name, value in log.items():
-            columns[name].append(value)
-    return {name: sum(values) / len(values) for name, values in columns.items()}
-
-
 # ==================================================================================================
 # The loop
 
@@ -334,7 +323,7 @@ def train(run, step=train_step):
     with redirect_stdout(out), redirect_stderr(err), bar:
         while run.step < c.steps and not stopping:
             run.measuring = run.step % (c.sample_every or c.steps) == 0
-            numbers, troubles = timed(run, step)
+            numbers, troubles = run.timed(step)
             log.write(run.step, numbers, troubles)
             if first and run.measuring:
                 tqdm.write(f"step {run.step}: {gradient_shares(numbers)}")
@@ -358,18 +347,6 @@ def train(run, step=train_step):
             stopped = f"stopped after step {run.step}; --resume goes on"
             print(f"python evaluate.py {c.out} scores it" if run.step == c.steps else stopped)
     stop.forget()
-
-
-def timed(run, step):
-    """What a step returns, its seconds and the peak memory among the numbers."""
-    run.seconds = {}
-    start = time.perf_counter()
-    numbers, troubles = step(run)
-    numbers["seconds"] = time.perf_counter() - start
-    for phase, seconds in run.seconds.items():
-        numbers[f"seconds_{phase}"] = seconds
-    numbers["peak_memory_gib"] = utils.peak_memory(run.pipe.unet.device)
-    return numbers, troubles
 
 
 def report(run, troubles):
@@ -402,24 +379,6 @@ def draw_samples(run, log):
         log.picture(run.step, "samples", picture)
     except (OSError, ValueError) as error:
         tqdm.write(f"no samples of step {run.step}: {error}", file=sys.stderr)
-
-
-def begin(c):
-    """The Run of a Config, new or as its newest checkpoint left it. Raises ValueError for what the
-    user can mend."""
-    configuration.check(c)
-    utils.check_writable("--references", c.references)
-    checkpoint = utils.open_output(c)
-    run = setup(c)
-    if checkpoint:
-        utils.load_checkpoint(run, checkpoint)
-    if run.step > c.steps:
-        raise ValueError(f"--steps {c.steps}: {c.out} is at step {run.step} already")
-    utils.check_alike(run)
-    if run.rank == 0:
-        utils.save_config(c, c.out / "config.json")
-        announce(run)
-    return run
 
 
 def main(c):

@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import sys
+from collections import defaultdict
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -74,6 +75,15 @@ def check_writable(flag, path):
 def seed_of(*names):
     """A seed from names, the same on every rank and in every Python."""
     return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:7], "big")
+
+
+def mean_of(logs):
+    """The mean of each number over the rows that have it."""
+    columns = defaultdict(list)
+    for log in logs:
+        for name, value in log.items():
+            columns[name].append(value)
+    return {name: sum(values) / len(values) for name, values in columns.items()}
 
 
 def save_config(config, path):

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
+import build
 import diffusion
 import images as imaging
 import train
@@ -92,7 +93,8 @@ def policy_gradient(run, rollout, i, advantages):
     mean = step.a * z + step.b * output
     residual = (rollout.states[i + 1] - mean) / step.c
     squares = rollout.noises[i].square() - residual.square()
-    ratio = squares.mean((1, 2, 3)).div(2).exp()
+    log_ratio = squares.mean((1, 2, 3)) / 2
+    ratio = log_ratio.exp()
     clipped = (ratio - 1).abs() > CLIP / z[0].numel()
     factor = advantages * ratio.where(~clipped, 0.0)
     shift = step.b * (output - pretrained) / step.c
@@ -114,7 +116,7 @@ def add_gradients(run, rollout, steps, advantages):
         with diffusion.adapter(pipe.unet, diffusion.ADAPTER):
             diffusion.replay(pipe, alone, rollout.text, states, gradient, guidance_scale)
         logs.append(log)
-    return train.mean_of(logs)
+    return utils.mean_of(logs)
 
 
 def make_value(run, width=256):
@@ -167,8 +169,9 @@ def dpok_step(value, optimizer, run):
             logs.append(add_gradients(run, rollout, chosen, advantages))
         logs.append(train.update(run, skip=False))
     images = (run.step + 1) * run.prompts_per_step()
-    log = {"reward": mean.item(), "value_error": unexplained.item(), "images": images}
-    return log | train.mean_of(logs), []
+    log = utils.mean_of(logs)
+    log |= {"reward": mean.item(), "value_error": unexplained.item(), "images": images}
+    return log, []
 
 
 def begin(c):
@@ -180,7 +183,7 @@ def begin(c):
             "--batch, --accumulate: a batch is judged as a whole; give 2 or more, and 1"
         )
     no_loss = {"token_weight": 0.0, "pixel_weight": 0.0, "adversarial_weight": 0.0}
-    run = train.begin(replace(c, **no_loss, adversarial_cap=0.0))
+    run = build.begin(replace(c, **no_loss, adversarial_cap=0.0))
     value = make_value(run)
     optimizer = torch.optim.AdamW(value.parameters(), lr=VALUE_LR)
     return run, partial(dpok_step, value, optimizer)

@@ -94,7 +94,10 @@ def mean_maps(captured, batch, aspect):
         rows[name] = round((pixels / aspect) ** 0.5)
     enough = [count for count in rows.values() if count >= ROWS]
     chosen = min(enough) if enough else max(rows.values())
-    layers = {name: captured[name] for name in rows if rows[name] == chosen}
+    layers = {}
+    for name, layer in captured.items():
+        if rows[name] == chosen:
+            layers[name] = layer
     maps = attention.attention_maps(layers, batch, aspect)
     over_heads = [layer.mean(1) for layer in maps.values()]
     return torch.stack(over_heads).mean(0)

@@ -88,8 +88,9 @@ def draw(source, side):
 def minutes_of(folder):
     """How long a run was trained; 0 for what was not."""
     log = folder / "log.jsonl"
-    rows = map(json.loads, log.read_text().splitlines()) if log.exists() else ()
-    return sum(row["seconds"] for row in rows) / 60
+    lines = log.read_text().splitlines() if log.exists() else ()
+    seconds = [json.loads(line)["seconds"] for line in lines]
+    return sum(seconds) / 60
 
 
 def main(options):

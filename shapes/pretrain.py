@@ -215,7 +215,8 @@ def train_segmenter(config):
         images[::2] = reconstruct(vae, images[::2])
         images += 0.05 * torch.randn(images.shape, generator=generator)
         labels = torch.stack([labels_of(scene) for scene in scenes])
-        return F.cross_entropy(segmenter(images), labels)
+        logits = segmenter(images)
+        return F.cross_entropy(logits, labels)
 
     fit(config, "segmenter", segmenter, loss_of, steps=2000, lr=3e-3)
     weights = safetensors.torch.save(segmenter.state_dict())

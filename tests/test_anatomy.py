@@ -8,6 +8,7 @@ import torch
 from conftest import ALL_LOSSES, command, same, small_config, tiny_sd15
 from PIL import Image
 
+import build
 import diffusion
 import train
 import utils
@@ -36,7 +37,7 @@ def test_one_step_is_one_picture(tmp_path, capsys):
 
 def test_the_step_is_the_training_step(tmp_path):
     """Watching it changes nothing and leaves nothing behind; a norm is of one replayed step."""
-    run = train.setup(anatomy_of(tmp_path, batch=1))
+    run = build.setup(anatomy_of(tmp_path, batch=1))
     functions = train.judge, train.attention_losses
     with patch.object(diffusion, "replay", wraps=diffusion.replay) as replay:
         z, (maps, (entities,), (masks,)), norms = anatomy.take_step(run)
@@ -54,7 +55,7 @@ def test_the_step_is_the_training_step(tmp_path):
 
 def test_panels_show_the_words_the_steps_and_a_runs_discriminator(tmp_path, trained):
     c = anatomy_of(tmp_path, num_steps=4, prompt="a white ring")
-    run = train.setup(replace(c, batch=1))
+    run = build.setup(replace(c, batch=1))
     run.prompts = [c.prompt]
     _, panels = anatomy.draw(run, *anatomy.take_step(run))
     words = [label.get_text() for label in panels["2 Judge: -log p"].get_yticklabels()]

@@ -26,6 +26,7 @@ import torch
 from conftest import ALL_LOSSES, ROOT, command, forked, randomise, same, small_config
 from safetensors.torch import load_file
 
+import build
 import config as configuration
 import diffusion
 import evaluate
@@ -147,7 +148,7 @@ def test_random_kills_leave_no_trace(tmp_path):
     changes = OPTIONS | {"steps": kills, "keep": 2, "resume": True}
     straight = small_config(tmp_path / "straight", **changes)
     start = time.monotonic()
-    run = train.begin(straight)
+    run = build.begin(straight)
     begun = time.monotonic()
     train.train(run)
     step_seconds = (time.monotonic() - begun) / kills
@@ -338,7 +339,7 @@ def test_damaged_and_malicious_checkpoints_are_named(copied, straight, tmp_path)
     torch.save({"step": Payload(marker)}, tmp_path / "payload.pt")
     payloads = [(tmp_path / "payload.pt").read_bytes(), pickle.dumps(Payload(marker), 2)]
     assert all(b"system" in payload for payload in payloads)
-    run = train.setup(copied)
+    run = build.setup(copied)
     refused = pytest.raises(ValueError, match=f"^{newest}: not a whole checkpoint of this model")
     for data in [whole[: len(whole) // 2], b"", *payloads]:
         path.write_bytes(data)
@@ -364,7 +365,7 @@ def test_what_would_not_be_the_same_run_is_not_resumed(copied, tmp_path):
         train.main(replace(copied, lr=0.5))
     with pytest.raises(SystemExit, match="^train.py: --steps 1: .*run is at step 3 already$"):
         train.main(replace(copied, steps=1))
-    newest, run = utils.newest_checkpoint(copied.out), train.setup(copied)
+    newest, run = utils.newest_checkpoint(copied.out), build.setup(copied)
     run.config = replace(copied, batch=3)
     with pytest.raises(ValueError, match="made with 2 prompts a step, .* now these are 3 x 1 x 1$"):
         utils.load_checkpoint(run, newest)
@@ -453,7 +454,7 @@ FINITE_AND_NAN = torch.tensor([1.0, float("nan")])
 
 @pytest.fixture
 def run(tmp_path):
-    run = train.setup(small_config(tmp_path, **OPTIONS))
+    run = build.setup(small_config(tmp_path, **OPTIONS))
     randomise(run.trainables(), 5)
     return run
 
@@ -640,14 +641,14 @@ def test_ranks_that_disagree_are_stopped_at_the_start(tmp_path):
     c = small_config(tmp_path, **OPTIONS)
 
     def body():
-        rank, plain = int(os.environ["RANK"]), train.setup
+        rank, plain = int(os.environ["RANK"]), build.setup
 
         def setup(c):
             run = plain(c)
             run.step, run.prompts = rank, run.prompts[rank:]
             return run
 
-        train.setup = setup
+        build.setup = setup
         train.main(replace(c, lr=c.lr * (1 + rank)))
 
     for ended in forked(body, 2):

@@ -13,6 +13,7 @@ from conftest import ALL_LOSSES, free_port, randomise, same, small_config, watch
 from test_bench import RANDOM, parse
 from test_memory import Halves
 
+import build
 import diffusion
 import train
 import utils
@@ -33,7 +34,7 @@ class HalvesThere(Halves):
 
 def make_run(folder, device, **changes):
     changes = {**ALL_LOSSES, "adversarial_cap": 0.5, "device": device, **changes}
-    run = train.setup(small_config(folder / device, **changes), segmenter=HalvesThere())
+    run = build.setup(small_config(folder / device, **changes), segmenter=HalvesThere())
     randomise(run.parameters, 5)
     randomise(run.discriminator.parameters, 6)
     return run
@@ -72,7 +73,7 @@ def test_a_run_of_either_device_goes_on_on_the_gpu(tmp_path, device):
     train.train_step(run)
     run.step = 1
     utils.save_checkpoint(run)
-    resumed = train.setup(replace(run.config, device="cuda"))
+    resumed = build.setup(replace(run.config, device="cuda"))
     utils.load_checkpoint(resumed, utils.newest_checkpoint(run.config.out))
     assert same([p.cpu() for p in resumed.trainables()], [p.cpu() for p in run.trainables()])
     log, troubles = train.train_step(resumed)

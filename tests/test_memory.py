@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from conftest import ALL_LOSSES, PROMPTS, randomise, small_config, watched_step
 
 import attention
+import build
 import config
 import diffusion
 import models
-import train
 
 
 class Halves(torch.nn.Module):
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 def make_run(folder, **changes):
     c = small_config(folder, **{**ALL_LOSSES, "judge_batch": 2, "adversarial_cap": 0.5, **changes})
-    run = train.setup(c, segmenter=Halves())
+    run = build.setup(c, segmenter=Halves())
     randomise(run.parameters, 5)
     randomise(run.discriminator.parameters, 6)
     return run

@@ -13,6 +13,7 @@ import torch
 from conftest import ALL_LOSSES, PROMPTS, small_config, watched_step
 from torch.overrides import TorchFunctionMode
 
+import build
 import evaluate
 import sample
 import train
@@ -121,7 +122,7 @@ def step_on(device, folder, **changes):
     """(the gradients that the optimiser gets; what the step logs)."""
     changes = {**ALL_LOSSES, "adversarial_cap": 0.5, "device": device, **changes}
     with PLACES[device]():
-        run = train.setup(small_config(folder / device, **changes))
+        run = build.setup(small_config(folder / device, **changes))
         run.measuring = True
         gradients, log = watched_step(run)
         assert {gradient.device.type for gradient in gradients} == {device}
@@ -141,7 +142,7 @@ def test_a_run_its_resumption_its_images_and_scores_mix_no_devices(tmp_path):
     drawing = {"prompt": PROMPTS[:1], "attention": True, "to": tmp_path / "images"}
     with pretended_gpu():
         train.main(c)
-        resumed = train.begin(replace(c, steps=2, resume=True))
+        resumed = build.begin(replace(c, steps=2, resume=True))
         train.train(resumed)
         sample.main(sample.Options(c.out, **drawing))
         evaluate.main(evaluate.Options(c.out, count=2))

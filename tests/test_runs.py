@@ -26,7 +26,7 @@ SMALL = {**ALL_LOSSES, "num_steps": 2, "grad_steps": 1}
 
 
 def prepared(c):
-    run = train.setup(c)
+    run = build.setup(c)
     randomise(run.trainables(), 5)
     return run
 
@@ -188,7 +188,7 @@ def test_a_share_is_a_norm_over_the_sum_of_its_kind():
 def saved(tmp_path_factory):
     """The folder of a run with a nonzero adapter, its checkpoint written, and the Run."""
     c = small_config(tmp_path_factory.mktemp("saved"), num_steps=16, **ALL_LOSSES)
-    run = train.setup(c)
+    run = build.setup(c)
     randomise(run.parameters, 3, 0.3)
     utils.save_config(c, c.out / "config.json")
     utils.save_checkpoint(run)

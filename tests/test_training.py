@@ -22,7 +22,7 @@ TOY = configuration.PRESETS["shapes"][1]
 
 
 def setup(folder, **changes):
-    run = train.setup(small_config(folder, **changes))
+    run = build.setup(small_config(folder, **changes))
     randomise(run.parameters, scale=0.02)
     if run.discriminator:
         randomise(run.discriminator.parameters, 1, 0.05)

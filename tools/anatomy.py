@@ -38,6 +38,7 @@ from matplotlib.figure import Figure
 from torch.autograd.graph import register_multi_grad_hook
 from torch.nn.utils import get_total_norm
 
+import build
 import diffusion
 import train
 import utils
@@ -66,7 +67,8 @@ def take_step(run):
 
 def show_bars(axes, labels, values):
     places = range(len(labels))
-    axes.bar_label(axes.barh(places, values), fmt=" %.2g")
+    bars = axes.barh(places, values)
+    axes.bar_label(bars, fmt=" %.2g")
     axes.set(yticks=places, yticklabels=labels, xmargin=0.15)
     axes.invert_yaxis()
 
@@ -107,7 +109,7 @@ def draw(run, z, attention, norms):
 
 
 def main(c):
-    run = train.setup(replace(c, batch=1, accumulate=1, warmup=0))
+    run = build.setup(replace(c, batch=1, accumulate=1, warmup=0))
     if not (run.segmenter and run.discriminator and "blip" in run.rewards):
         raise ValueError("every part of a step is drawn: leave blip in --rewards, and no weight 0")
     run.prompts = [c.prompt]

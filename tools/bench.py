@@ -67,7 +67,7 @@ SIZES = json.loads(Path(__file__).with_name("architectures.json").read_text())
 
 
 def random_models(c):
-    """(pipeline, rewards, segmenter) for train.setup; BLIP stands in for any reward."""
+    """(pipeline, rewards, segmenter) for build.setup; BLIP stands in for any reward."""
     if c.model not in SIZES["unet"]:
         raise ValueError(f"--random-weights: for the presets sdxl and sd15, not for {c.model}")
     device, dtype = utils.choose_device(c), getattr(torch, c.dtype)
@@ -193,7 +193,7 @@ def bench(c):
     torch.manual_seed(c.seed)
     if c.random_weights:
         c = replace(c, prompts=SHAPES / "prompts/train.txt")
-    run = train.setup(c, *(random_models(c) if c.random_weights else ()))
+    run = build.setup(c, *(random_models(c) if c.random_weights else ()))
     for parameter in run.trainables():  # some are zero, and others get no gradient then
         torch.nn.init.normal_(parameter, std=0.01)
     build.announce(run)

@@ -102,7 +102,7 @@ def load_config(path):
 
 
 @contextmanager
-def one_line_errors(script, faults=(ValueError, OSError)):
+def one_line_errors(script, *, faults=(ValueError, OSError)):
     """Ends the program with one line in place of a traceback, for what is no fault of the code."""
     try:
         yield

@@ -8,6 +8,7 @@ import re
 import resource
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,7 +103,11 @@ def mistake(monkeypatch, capsys):
         if not isinstance(line, str):  # from tyro
             assert line == 2
             return capsys.readouterr().err
-        assert line.startswith(f"{script}: ") and "\n" not in line.strip() and len(line) < 600
+        assert (
+            line.startswith(f"{Path(script).name}: ")
+            and "\n" not in line.strip()
+            and len(line) < 600
+        )
         return line
 
     return run
@@ -201,6 +206,23 @@ def test_scripts_on_a_folder_without_a_run(mistake, tmp_path, trained, script):
     assert "--model gone/away: cannot be loaded" in mistake(script, tmp_path, *flags)
     assert "PATH" in mistake(script)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.json"]
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "words"),
+    [
+        ("tools/bench.py", "shapes --repeat 0", "--repeat 0: must be at least 1"),
+        (
+            "tools/anatomy.py",
+            "shapes --rewards blip=0 --adversarial-cap 0",
+            "leave blip in --rewards",
+        ),
+        ("baselines/dpok.py", "shapes --scheduler ddim", "--scheduler ddim: has no noise"),
+        ("shapes/pretrain.py", "--steps-scale -1", "--steps-scale"),
+    ],
+)
+def test_mistakes_of_the_scripts_in_folders(mistake, script, flags, words):
+    assert words in mistake(script, *flags.split())
 
 
 def test_too_little_memory_on_the_gpu(mistake, monkeypatch, tmp_path, trained):

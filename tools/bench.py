@@ -246,5 +246,5 @@ def main(c):
 
 
 if __name__ == "__main__":
-    with utils.one_line_errors("bench.py", "try --checkpointing, or a smaller --batch"):
+    with utils.one_line_errors("bench.py"):
         main(config)

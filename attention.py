@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 
 def all_blocks(unet):
@@ -92,12 +91,3 @@ def entity_activation(activations, entities):
             tokens += entity.tokens
         means.append(row[tokens].mean())
     return torch.stack(means)
-
-
-def share_inside(attention, mask):
-    """The share of a map (h, w) that falls into a mask (H, W); NaN if the mask is empty."""
-    if not mask.any():
-        return float("nan")
-    (fine,) = F.interpolate(attention[None, None].float(), mask.shape, mode="bilinear")[0]
-    inside = (fine * mask).sum()
-    return (inside / fine.sum()).item()

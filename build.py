@@ -18,7 +18,7 @@ import prompts as prompt_lists
 import rewards
 import utils
 from discriminator import Discriminator
-from entities import load_parser
+from entities import find_entities, load_parser
 
 
 @dataclass
@@ -180,6 +180,9 @@ def announce(run):
     product = f"{c.batch} x {c.accumulate} x {run.world_size} = {each} prompts"
     print(f"{c.steps} steps of {product}, {epochs:.1f} epochs of {len(run.prompts)}")
     print(f"losses: {', '.join(run.terms)}; gradient through {c.grad_steps} of {c.num_steps} steps")
+    found = (find_entities(prompt, run.parser, run.pipe.tokenizer) for prompt in run.prompts)
+    if run.attention_terms and not any(found):
+        print("no prompt has an entity: the attention losses have nothing to learn from")
 
 
 def gradient_shares(log):

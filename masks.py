@@ -14,7 +14,7 @@ from typing import Literal
 
 import tyro
 
-from config import Config
+from config import Config, check_range
 
 
 @dataclass
@@ -52,43 +52,21 @@ MAX_RATIO = 16  # of an image's sides: GroundingDINO would shrink the shorter on
 MAX_BOXES = 64  # an image, the best: bounds SAM's memory if a threshold lets all 900 through
 
 
-class GroundedSAM(torch.nn.Module):
-    """GroundingDINO and SAM, frozen; SAM's image encoder, nearly all the work, runs in `dtype`."""
+class GroundingDINO(torch.nn.Module):
+    """GroundingDINO, frozen: the boxes that nouns name."""
 
-    def __init__(self, dino, tokenizer, sam, box_threshold, text_threshold, dtype):
+    def __init__(self, dino, tokenizer, box_threshold, text_threshold):
         super().__init__()
         self.dino = dino.float()
         self.tokenizer = tokenizer
-        self.sam = sam.float()
-        self.sam.vision_encoder.to(dtype)
-        self.eval().requires_grad_(False)
         self.box_threshold = box_threshold
         self.text_threshold = text_threshold
-        self.dtype = dtype
-        side = sam.config.vision_config.image_size
         self.dino_input = transformers.GroundingDinoImageProcessor()
-        self.sam_input = transformers.SamImageProcessor(
-            size={"longest_edge": side}, pad_size={"height": side, "width": side}
-        )
-
-    @torch.no_grad()
-    def masks(self, images, nouns):
-        """Images (B, 3, H, W) in [0, 1], nouns per image -> list of masks (nouns, H, W), 0 or 1;
-        the mask of a noun that is not found is empty. An image without nouns costs nothing."""
-        size, masks = images.shape[-2:], []
-        pixels = (images.clamp(0, 1) * 255).round().byte()
-        for image, names in zip(pixels, nouns):
-            its_masks = images.new_zeros(len(names), *size)
-            boxes, owners = self.detect(image, names) if names else ([], [])
-            pieces = self.cut_out(image, boxes) if len(boxes) else []
-            for owner, piece in zip(owners, pieces):
-                its_masks[owner, piece] = 1
-            masks.append(its_masks)
-        return masks
+        self.eval().requires_grad_(False)
 
     def detect(self, pixels, nouns):
-        """GroundingDINO: -> boxes (N, 4), best first, as x0, y0, x1, y1 in shares of the width and
-        the height, and the index of each one's noun (N,).
+        """A picture (3, H, W), bytes -> boxes (N, 4), best first, as x0, y0, x1, y1 in shares of
+        the width and height; the index of each one's noun (N,); its score for the noun (N,).
 
         As in its demo a box counts if any token scores box_threshold. It is the noun's with the
         highest token, if that scores text_threshold; the demo joins all words above it."""
@@ -105,7 +83,36 @@ class GroundedSAM(torch.nn.Module):
         is_nouns = best_of_noun[order] >= self.text_threshold
         kept = order[is_box & is_nouns][:MAX_BOXES]
         boxes = box_convert(out.pred_boxes[0, kept], "cxcywh", "xyxy")
-        return boxes, owners[kept]
+        return boxes, owners[kept], best_of_noun[kept]
+
+
+class GroundedSAM(GroundingDINO):
+    """GroundingDINO and SAM, frozen; SAM's image encoder, nearly all the work, runs in `dtype`."""
+
+    def __init__(self, dino, tokenizer, sam, box_threshold, text_threshold, dtype):
+        super().__init__(dino, tokenizer, box_threshold, text_threshold)
+        self.sam = sam.float().eval().requires_grad_(False)
+        self.sam.vision_encoder.to(dtype)
+        self.dtype = dtype
+        side = sam.config.vision_config.image_size
+        self.sam_input = transformers.SamImageProcessor(
+            size={"longest_edge": side}, pad_size={"height": side, "width": side}
+        )
+
+    @torch.no_grad()
+    def masks(self, images, nouns):
+        """Images (B, 3, H, W) in [0, 1], nouns per image -> list of masks (nouns, H, W), 0 or 1;
+        the mask of a noun that is not found is empty. An image without nouns costs nothing."""
+        size, masks = images.shape[-2:], []
+        pixels = (images.clamp(0, 1) * 255).round().byte()
+        for image, names in zip(pixels, nouns):
+            its_masks = images.new_zeros(len(names), *size)
+            boxes, owners, _ = self.detect(image, names) if names else ([], [], [])
+            pieces = self.cut_out(image, boxes) if len(boxes) else []
+            for owner, piece in zip(owners, pieces):
+                its_masks[owner, piece] = 1
+            masks.append(its_masks)
+        return masks
 
     def cut_out(self, pixels, boxes):
         """SAM: boxes (N, 4) as above -> what they hold (N, H, W), bool."""
@@ -132,6 +139,15 @@ def caption_of(nouns, tokenizer):
     return caption, torch.tensor(word_of_token) == word_of_noun[:, None]
 
 
+def load_dino(source):
+    """(GroundingDINO, its tokenizer) of a hub id or a folder. Raises ValueError, naming --dino."""
+    with naming("dino", source):
+        dino = load_whole(transformers.GroundingDinoForObjectDetection, source, tolerated=0)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        check_tokenizer(tokenizer, dino.config.text_config.vocab_size)
+    return dino, tokenizer
+
+
 def load_segmenter(config, device):
     """What --segmenter names, on a torch.device; `masks` as in GroundedSAM. Raises ValueError."""
     if config.segmenter != "grounded-sam":
@@ -139,10 +155,7 @@ def load_segmenter(config, device):
 
         with naming("segmenter", config.segmenter):
             return world.Segmenter.load(config.segmenter).to(device)
-    with naming("dino", config.dino):
-        dino = load_whole(transformers.GroundingDinoForObjectDetection, config.dino, tolerated=0)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(config.dino)
-        check_tokenizer(tokenizer, dino.config.text_config.vocab_size)
+    dino, tokenizer = load_dino(config.dino)
     with naming("sam", config.sam):
         sam = load_whole(transformers.SamModel, config.sam, tolerated=0)
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.dtype)
@@ -165,6 +178,8 @@ def main(options):
 
     if bool(options.prompt) == bool(options.prompts):
         raise ValueError('give one prompt, such as "a red car", or a list of them, --prompts FILE')
+    check_range("box_threshold", options.box_threshold, 0, 1)
+    check_range("text_threshold", options.text_threshold, 0, 1)
     nlp = entities.load_parser(options.parser)
     if options.prompts:
         for name, value in entities.statistics(prompt_lists.read(options.prompts), nlp).items():

@@ -13,9 +13,9 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
 
 import diffusion
-from config import PRESETS, check_ranges, unet_and_vae
+from config import PRESETS, Config, check_ranges, unet_and_vae
 from tools import lora
-from utils import choose_device, first_line, load_config
+from utils import STEP, choose_device, first_line, load_config
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
@@ -178,27 +178,38 @@ def freeze(pipe):
 # Runs and LoRA files
 
 
-def open_run(out, checkpoint="latest", loras=(), base_only=False, **overrides):
-    """(config, pipeline, Schedule) of an output folder, or, with loras or base_only, of a preset's
-    name. The pipeline's adapter `comat` is the checkpoint, or the sum of loras (what lora.read
-    takes); with base_only there is none. overrides: fields of the Config. Raises ValueError."""
+def read_run(out, checkpoint="latest", loras=(), base_only=False, **overrides):
+    """(config, the LoRAs of its adapter, the flag that names them) of what `open_run` takes; loads
+    nothing. Raises ValueError."""
     out = Path(out)
+    if base_only + bool(loras) + (checkpoint != "latest") > 1:
+        raise ValueError("--base-only, --lora and --checkpoint exclude each other: give one")
     if (out / "config.json").is_file():
         config = replace(load_config(out / "config.json"), out=out)
-    elif str(out) not in PRESETS:
+    elif loras or base_only:
+        config = PRESETS[str(out)][1] if str(out) in PRESETS else replace(Config(), model=str(out))
+    elif str(out) in PRESETS:
+        raise ValueError(f"{out}: a preset has no checkpoint; give --base-only, --lora, or a run")
+    else:
         raise ValueError(
             f"{out}: not an output folder of train.py (no config.json), nor a preset: "
-            f"{', '.join(PRESETS)}"
+            f"{', '.join(PRESETS)}; a hub id needs --base-only or --lora"
         )
-    elif loras or base_only:
-        config = PRESETS[str(out)][1]
-    else:
-        raise ValueError(f"{out}: a preset has no checkpoint; give --base-only, --lora, or a run")
-    flag, sources = "lora", loras
-    if not loras and not base_only:
-        flag, sources = "checkpoint", [find_checkpoint(out, checkpoint)]
     config = replace(config, **overrides)
     check_ranges(config)
+    if loras or base_only:
+        return config, loras, "lora"
+    return config, [find_checkpoint(out, checkpoint)], "checkpoint"
+
+
+def open_run(out, *source, **overrides):
+    """(config, pipeline, Schedule) of an output folder, or, with loras or base_only, of a preset's
+    name, or of a base model: a hub id or a folder, with the default settings.
+
+    source: checkpoint, loras, base_only. The pipeline's adapter `comat` is the checkpoint, or the
+    sum of loras (what lora.read takes); with base_only there is none. overrides: fields of the
+    Config. Raises ValueError."""
+    config, sources, flag = read_run(out, *source, **overrides)
     pipe, plan = open_pipeline(config)
     if sources:
         add_loras(pipe, sources, flag)
@@ -221,7 +232,7 @@ def find_checkpoint(out, name):
     folder = out / "checkpoints" / name
     if (folder / lora.FILE).is_file() and not name.startswith("."):
         return folder
-    have = sorted(path.name for path in (out / "checkpoints").glob("step-*"))
+    have = sorted(path.name for path in (out / "checkpoints").glob(STEP))
     there = f"there are {', '.join(have)}" if have else "there is none; train first"
     raise ValueError(f"{folder}: no finished checkpoint; {there}")
 

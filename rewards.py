@@ -114,12 +114,12 @@ def load_blip(config, device):
 class Clip:
     """Cosine of a frozen CLIPModel's embeddings of image and prompt, times `scale`, in fp32.
 
-    As transformers' CLIPProcessor and CLIPModel, less the rounding to 8 bits (no gradient)."""
+    As transformers' CLIPProcessor and CLIPModel; where a gradient is needed, less the processor's
+    two roundings to 8 bits."""
 
     def __init__(self, model, processor, scale=1.0):
         self.model, self.tokenizer, self.scale = model, processor.tokenizer, scale
-        self.mean = processor.image_processor.image_mean
-        self.std = processor.image_processor.image_std
+        self.processor = processor.image_processor
 
     def __call__(self, images, prompts):
         """Images (B, 3, H, W) in [0, 1] and B prompts -> (B,)."""
@@ -137,10 +137,15 @@ class Clip:
     def pixels(self, images):
         """Images in [0, 1] -> what the vision model takes: the short side bicubic to its size, the
         centre, the processor's mean and deviation, the model's dtype."""
+        if not torch.is_grad_enabled():
+            pictures = list((255 * images.clamp(0, 1)).round().byte().cpu())
+            pixels = self.processor(pictures, return_tensors="pt").pixel_values
+            return pixels.to(images.device, self.model.dtype)
         size = self.model.config.vision_config.image_size
         images = TF.resize(images, size, BICUBIC, antialias=True).clamp(0, 1)
         images = TF.center_crop(images, size)
-        return TF.normalize(images, self.mean, self.std).to(self.model.dtype)
+        mean, std = self.processor.image_mean, self.processor.image_std
+        return TF.normalize(images, mean, std).to(self.model.dtype)
 
 
 def load_clip(name, config, device, scaled=False):

@@ -6,14 +6,20 @@
     python sample.py sdxl --lora a.safetensors:0.8 --lora me/b/b.safetensors --prompt "a red car"
     python sample.py sdxl --base-only --prompt "a red car and a blue bird" --method structured
     torchrun --nproc_per_node 8 sample.py sdxl --base-only --prompts data/train.txt --n 800
+    python sample.py out/sdxl --layout geneval --prompts geneval/prompts/evaluation_metadata.jsonl
 
 Writes to OUT/images (for a preset: out/NAME-images) each image with its prompt, seed and models as
 PNG text, the heat maps, grid.png of the first 40 prompts, and metadata.jsonl with the names of the
 images and their prompts, which makes the folder an imagefolder of Hugging Face's datasets.
+
+--layout writes what a benchmark's own evaluator reads (docs/benchmarks.md) to OUT/LAYOUT-MODEL, of
+one model: the tuned one, with --base-only the base, with --method that on it. Started again it goes
+on where it was stopped.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -27,13 +33,15 @@ class Options(Overrides):
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A prompt; may be given several times."""
     prompts: Path | None = None
-    """A list of prompts: a text file, one a line, or .jsonl with a field "prompt"."""
-    n: int = 8
-    """Take the first n prompts of --prompts."""
+    """A list of prompts: a text file, one a line, or .jsonl with a field "prompt"; with --layout
+    the benchmark's own."""
+    n: int | None = None
+    """Take the first n prompts of --prompts. None: 8, with --layout all."""
     negative_prompt: str = ""
     """In the null prompt's place."""
-    seed: int = 0
-    """Seed of the first image; the next has the next."""
+    seed: int | None = None
+    """Seed of the first image, with --layout of each prompt's first; the next has the next. None:
+    0, with --layout 42."""
     checkpoint: str = "latest"
     """Folder name below OUT/checkpoints."""
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -45,8 +53,13 @@ class Options(Overrides):
     """Training-free methods of baselines/training_free.py, each on each model."""
     attention: bool = False
     """Also NNN-attention.png: heat maps of the entities' words, with the segmenter's outlines."""
+    layout: Literal["t2i-compbench", "geneval", "dpg", "tifa"] | None = None
+    """Write the files that a benchmark's evaluator reads."""
+    images: int | None = None
+    """Images a prompt of --layout. None: as the benchmark has it: 10, 4, 4, 1."""
     to: Path | None = None
-    """Folder for the images; default OUT/images, for a preset out/NAME-images."""
+    """Folder for the images; default OUT/images, for a preset out/NAME-images; with --layout in
+    place of images LAYOUT-MODEL."""
     batch: int = 8
     """Images at a time."""
 
@@ -58,152 +71,179 @@ if __name__ == "__main__":
 import json
 import sys
 
-from PIL import Image
-from torchvision.transforms.functional import to_tensor
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
-import diffusion
 import images
 import models
 import prompts as prompt_lists
 import utils
 from baselines import training_free
+from config import MANY, portable
 from diffusion import ADAPTER
-from entities import find_entities, load_parser
+from entities import load_parser
 from masks import load_segmenter
-from tools import figures
-
-SHOWN = 40  # prompts in the grid
+from tools import layouts
 
 
 def check(options):
-    """The prompts asked for. Raises ValueError, one line, for values that cannot be."""
-    for name, least in (("n", 1), ("batch", 1), ("seed", 0)):
-        check_range(name, getattr(options, name), least, 2**62)
-    if options.base_only + bool(options.lora) + (options.checkpoint != "latest") > 1:
-        raise ValueError("--base-only, --lora and --checkpoint exclude each other: give one")
+    """What is asked for: prompts, or what layouts.plan returns. Raises ValueError, one line, for
+    values that cannot be."""
+    for name in ("n", "images", "batch"):
+        if (value := getattr(options, name)) is not None:
+            check_range(name, value, 1, MANY)
+    check_range("seed", options.seed or 0, 0, 2**62)
     training_free.check(options.method)
+    prompt_lists.check_text(options.negative_prompt, "--negative-prompt")
+    return check_layout(options) if options.layout else check_prompts(options)
+
+
+def check_prompts(options):
+    if options.images:
+        raise ValueError("--images: is for --layout; give a --prompt several times")
     prompts = [prompt.strip() for prompt in options.prompt if prompt.strip()]
     if options.prompts:
-        prompts += prompt_lists.read(options.prompts)[: options.n]
+        prompts += prompt_lists.read(options.prompts)[: options.n or 8]
     if not prompts:
         raise ValueError("no prompts: give --prompt TEXT, once or several times, or --prompts FILE")
     for prompt in prompts:
         prompt_lists.check_text(prompt, "--prompt")
-    prompt_lists.check_text(options.negative_prompt, "--negative-prompt")
     return prompts
 
 
+def check_layout(options):
+    flag, source = f"--layout {options.layout}", layouts.LAYOUTS[options.layout].source
+    if options.prompt or not options.prompts:
+        raise ValueError(f"{flag}: give --prompts, {source}, and no --prompt")
+    if options.attention or len(options.method) > 1:
+        raise ValueError(f"{flag}: is of one model: at most one --method, and no --attention")
+    seed = layouts.SEED if options.seed is None else options.seed
+    return layouts.plan(options.layout, options.prompts, options.n, options.images, seed)
+
+
 def say_what_is_cut(tokenizer, prompts):
-    """Prints, to stderr, what the text encoder will not read of each prompt."""
+    """Prints, to stderr, what the text encoder will not read of each prompt; of ten in full."""
     limit = tokenizer.model_max_length
+    cut = 0
     for prompt in prompts:
         unread = tokenizer(prompt).input_ids[limit - 1 : -1]
-        if unread:
+        cut += bool(unread)
+        if unread and cut <= 10:
             rest = tokenizer.decode(unread)[:80]
             print(f"{prompt[:40]!r}: cut at {limit} tokens, not read: {rest!r}", file=sys.stderr)
+    if cut > 10:
+        print(f"{cut} of {len(prompts)} prompts are cut", file=sys.stderr)
 
 
-def describe(options, config, labels, prompts):
-    """{label: what each image's PNG text holds}"""
-    unet, _ = unet_and_vae(config)
-    made_by = {"model": config.model, "unet": unet or config.model, "scheduler": config.scheduler}
+def describe(options, config, label):
+    """What made a model's images: {key of their PNG text: value}."""
+    unet, vae = unet_and_vae(config)
+    model, _, method = label.partition("+")
+    checkpoint = options.out / "checkpoints" / options.checkpoint
+    loras = {"base": "none", "tuned": ", ".join(options.lora) or checkpoint.resolve()}
+    made_by = {"model": config.model, "unet": unet or config.model, "vae": vae or config.model}
+    made_by |= {
+        "lora": loras[model],
+        "method": training_free.describe(method),
+        "scheduler": config.scheduler,
+    }
     made_by |= {"num_steps": config.num_steps, "guidance_scale": config.guidance_scale}
     made_by["negative_prompt"] = options.negative_prompt
-    checkpoint = options.out / "checkpoints" / options.checkpoint
-    loras = {"base": "none", "tuned": ", ".join(options.lora) or str(checkpoint)}
-    rows = {}
-    for label in labels:
-        model, _, method = label.partition("+")
-        how = {"lora": loras[model], "method": training_free.describe(method)}
-        rows[label] = []
-        for i, prompt in enumerate(prompts):
-            row = {"file_name": f"{i:03d}-{label}.png", "text": prompt, "seed": options.seed + i}
-            rows[label].append(row | made_by | how)
-    return rows
+    return {key: portable(value) for key, value in made_by.items()}
 
 
-def draw(options, opened, sides, rows, folder, judges):
-    """Writes the images of sides {label: (adapter, sampler)} and rows {label: [PNG text of an
-    image]}, and with judges (parser, segmenter) their heat maps."""
+def draw(options, opened, label, side, pictures, folder, there=()):
+    """Draws Pictures by a side (adapter, sampler) and writes those whose files are not `there`.
+    Returns the adapter, the images' latents and the images."""
     config, pipe, plan = opened
-    prompts = [row["text"] for row in rows["base"]]
-    seeds = [row["seed"] for row in rows["base"]]
-    finished, pictures = [], []
-    for label, (adapter, sampler) in sides.items():
-        how = config.guidance_scale, config.resolution, [adapter], seeds, options.batch, sampler
-        (z,) = images.latents(pipe, plan, prompts, *how, options.negative_prompt)
-        finished.append(z)
-        pictures.append(images.decode_all(pipe, z))
-        for row, image in zip(rows[label], pictures[-1]):
-            images.save_png(image, folder / row["file_name"], **row)
-    for i, prompt in enumerate(prompts if judges else ()):
-        drawn = {}
-        for (label, (adapter, _)), z, batch in zip(sides.items(), finished, pictures):
-            drawn[label] = adapter, z[i : i + 1], batch[i : i + 1]
-        chart = attention_chart(opened, *judges, prompt, seeds[i], drawn)
-        name = rows["base"][i]["file_name"].replace("base", "attention")
-        chart.savefig(folder / name)
+    adapter, sampler = side
+    prompts = [picture.prompt for picture in pictures for _ in picture.seeds]
+    seeds = [seed for picture in pictures for seed in picture.seeds]
+    how = config.guidance_scale, config.resolution, [adapter], seeds, options.batch, sampler
+    (z,) = images.latents(pipe, plan, prompts, *how, options.negative_prompt)
+    batch = images.decode_all(pipe, z)
+    made_by = describe(options, config, label)
+    parts = batch.split(len(pictures[0].seeds))
+    for (file, prompt, seeds), part in zip(pictures, parts):
+        if file not in there:
+            row = {"file_name": file, "text": prompt, "seed": ", ".join(map(str, seeds))}
+            images.save_png(make_grid(part, nrow=2, padding=0), folder / file, **row, **made_by)
+    return adapter, z, batch
 
 
-def attention_chart(opened, parser, segmenter, prompt, seed, drawn):
-    """The figure of what a prompt's words attend to. opened: what models.open_run returned; drawn:
-    {label: (adapter, latents (1, 4, h, w), image (1, 3, H, W))}."""
-    config, pipe, plan = opened
-    entities = find_entities(prompt, parser, pipe.tokenizer)
-    nouns = [entity.noun for entity in entities]
-    rows = {}
-    for label, (adapter, z, image) in drawn.items():
-        with models.using(pipe, adapter):
-            text = diffusion.encode(pipe, [prompt])
-            (maps,) = images.token_maps(pipe, plan, text, z, config.attention_blocks, [seed])
-        (masks,) = segmenter.masks(image.to(pipe.device), [nouns])
-        rows[label] = image[0], maps.cpu(), masks.cpu()
-    words = figures.words_of(prompt, entities, pipe.tokenizer)
-    return figures.attention_chart(prompt, words, rows)
+def folder_of(options, name):
+    is_run = (options.out / "config.json").is_file()
+    return options.to or (options.out / name if is_run else Path(f"out/{options.out}-{name}"))
 
 
-def write_lists(rows, folder):
-    """metadata.jsonl and grid.png of images that are there."""
-    lines, pictures = [], {}
-    for label, of_label in rows.items():
-        for row in of_label:  # diffusers' script takes no other columns
-            columns = {"file_name": row["file_name"], "text": row["text"]}
-            lines.append(json.dumps(columns) + "\n")
-        files = [folder / row["file_name"] for row in of_label[:SHOWN]]
-        pictures[label] = [to_tensor(Image.open(file)) for file in files]
-    utils.write(folder / "metadata.jsonl", "".join(lines))
-    prompts = [row["text"] for row in rows["base"]]
-    with utils.whole_file(folder / "grid.png") as file:
-        images.grid(prompts[:SHOWN], pictures).save(file, "PNG")
-    print(f"prompts: {len(prompts)}, images: {folder / 'grid.png'}")
-
-
-def main(options):
-    prompts = check(options)
-    source = options.checkpoint, options.lora, options.base_only
-    opened = config, pipe, _ = models.open_run(options.out, *source, **options.overrides())
-    rank, world_size = utils.join(pipe.device)
-    if rank == 0:
-        say_what_is_cut(pipe.tokenizer, [*prompts, options.negative_prompt])
+def look(options, opened, sides, prompts, rank, world_size):
+    """Images of prompts by all sides {label: (adapter, sampler)}, each with the next seed, and what
+    --attention adds."""
+    config, pipe, _ = opened
     judges = ()
     if options.attention:  # before any work: these may be missing
         judges = load_parser(config.parser), load_segmenter(config, pipe.device)
-    is_run = (options.out / "config.json").is_file()
-    folder = options.out / "images" if is_run else Path(f"out/{options.out}-images")
-    folder = options.to or folder
+    folder = folder_of(options, "images")
     folder.mkdir(parents=True, exist_ok=True)
-    adapters = {"base": None} if options.base_only else {"base": None, "tuned": ADAPTER}
-    sides = training_free.sides(adapters, options.method, config.parser)
-    rows = describe(options, config, sides, prompts)
+    if rank == 0:
+        say_what_is_cut(pipe.tokenizer, [*prompts, options.negative_prompt])
+    pictures = {label: [] for label in sides}
+    for label, own in pictures.items():
+        for i, prompt in enumerate(prompts):
+            seed = (options.seed or 0) + i
+            own.append(images.Picture(f"{i:03d}-{label}.png", prompt, (seed,)))
     starts = range(rank * options.batch, len(prompts), world_size * options.batch)
     for start in tqdm(starts, desc="sampling", disable=rank > 0):
-        part = slice(start, start + options.batch)
-        here = {label: rows[label][part] for label in rows}
-        draw(options, opened, sides, here, folder, judges)
+        here = {label: own[start : start + options.batch] for label, own in pictures.items()}
+        drawn = {}
+        for label, side in sides.items():
+            drawn[label] = draw(options, opened, label, side, here[label], folder)
+        if judges:
+            images.write_charts(opened, judges, here["base"], drawn, folder)
     utils.barrier(world_size)
     if rank == 0:
-        write_lists(rows, folder)
+        images.write_lists(pictures, folder)
+
+
+def fill(options, opened, sides, plan, rank, world_size):
+    """The pictures of a layout that are not there yet, by the last side. Batches, and so bytes, do
+    not depend on what is there nor on world_size."""
+    config, pipe, _ = opened
+    pictures, beside, stated = plan
+    label, side = list(sides.items())[-1]
+    settings = stated | describe(options, config, label)
+    settings |= {"lora_hash": images.adapter_hash(pipe), "revision": config.revision}
+    settings |= {"resolution": config.resolution, "dtype": config.dtype}
+    folder = folder_of(options, f"{options.layout}-{label}")
+    there = layouts.finished(folder, pictures, settings)
+    utils.barrier(world_size)  # all ranks have seen the same
+    if rank == 0:
+        prompts = dict.fromkeys(picture.prompt for picture in pictures)
+        say_what_is_cut(pipe.tokenizer, [*prompts, options.negative_prompt])
+        utils.write(folder / layouts.STATED, json.dumps(settings, indent=2) + "\n")
+    size = max(1, options.batch // len(pictures[0].seeds))
+    batches = []
+    for start in range(0, len(pictures), size):
+        batch = pictures[start : start + size]
+        if {picture.file for picture in batch} - there:
+            batches.append(batch)
+    for batch in tqdm(batches[rank::world_size], desc="sampling", disable=rank > 0):
+        draw(options, opened, label, side, batch, folder, there)
+    utils.barrier(world_size)
+    if rank == 0:
+        layouts.finish(folder, beside)
+        print(f"pictures: {len(pictures)}, {len(there)} of them from before, in {folder}")
+
+
+def main(options):
+    asked = check(options)
+    source = options.checkpoint, options.lora, options.base_only
+    opened = config, pipe, _ = models.open_run(options.out, *source, **options.overrides())
+    adapters = {"base": None} if options.base_only else {"base": None, "tuned": ADAPTER}
+    sides = training_free.sides(adapters, options.method, config.parser)
+    rank, world_size = utils.join(pipe.device, minutes=8 * 60)  # they meet at the end only
+    task = fill if options.layout else look
+    task(options, opened, sides, asked, rank, world_size)
     utils.leave(world_size)
 
 

@@ -364,7 +364,7 @@ def report(run, troubles):
             f"train.py: the last {run.skipped} steps had a loss or gradient that is not finite "
             f"({listed}); the newest checkpoint is from before; try a lower --lr or --dtype float32"
         )
-        utils.give_up(message if run.rank == 0 else "")
+        utils.give_up(message)
 
 
 def draw_samples(run, log):

@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -64,12 +65,16 @@ def write(path, data):
 
 
 def check_writable(flag, path):
-    """Raises ValueError, before any work, if a folder cannot be made or written in."""
+    """Raises ValueError, before any work, if a folder cannot be made or written in: tries it."""
     there = Path(path).absolute()
     while not there.exists():
         there = there.parent
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise ValueError(f"{flag} {path}: {there} is no folder that can be written in")
+    try:
+        with tempfile.TemporaryFile(buffering=0, dir=there) as probe:
+            probe.write(b"0")
+    except OSError as error:
+        why = f"{there} cannot be written in ({error.strerror})"
+        raise ValueError(f"{flag} {path}: {why}") from error
 
 
 def seed_of(*names):
@@ -113,44 +118,33 @@ def one_line_errors(script, *, faults=(ValueError, OSError)):
     except KeyboardInterrupt:
         give_up(f"{script}: stopped; what was finished is kept, and train.py --resume goes on")
     except BrokenPipeError:  # who read the output has left
-        mute()
-        give_up("")
+        os._exit(1)
     except faults as error:
         give_up(f"{script}: {first_line(error)}")
 
 
 def give_up(message):
-    """Ends the program with a line on stderr ("" for none) and exit code 1. One of several ranks
-    ends at once: while Python tidies up, gloo may notice that another has gone, and abort."""
+    """Ends the program with a line on stderr and exit code 1. One of several ranks ends at once:
+    while Python tidies up, gloo may notice that another has gone, and abort."""
     if not dist.is_initialized():
-        sys.exit(message or 1)
+        sys.exit(message)
     with suppress(OSError):
-        print(message, end="\n" * bool(message), file=sys.stderr, flush=True)
+        print(message, file=sys.stderr, flush=True)
         sys.stdout.flush()
     os._exit(1)
-
-
-def mute():
-    """Sends what is still printed nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
 
 
 # --------------------------------------------------------------------------------------------------
 # Ranks
 
 
-def together(collective, *arguments):
+def together(collective, *arguments, **options):
     """Calls what all ranks do together. Raises ConnectionError if one of them is gone."""
     try:
-        collective(*arguments)
-    except torch.OutOfMemoryError:
-        raise
+        collective(*arguments, **options)
     except RuntimeError as error:
         reason = first_line(error)[-200:]
-        lost = f"another rank has gone or does not answer ({reason})"
-        raise ConnectionError(lost) from error
+        raise ConnectionError(f"another rank has gone or does not answer ({reason})") from error
 
 
 def join(device, minutes=30.0):
@@ -164,10 +158,7 @@ def join(device, minutes=30.0):
     if device.type == "cuda":
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # to notice that a rank is lost
         options |= {"backend": "nccl", "device_id": device}
-    try:
-        dist.init_process_group(**options)
-    except RuntimeError as error:
-        raise ValueError(f"the ranks cannot join: {first_line(error)}") from error
+    together(dist.init_process_group, **options)
     return rank, world_size
 
 
@@ -219,10 +210,7 @@ def check_weights(run):
     drifted = any(row != norms for row in gather([norms], run.world_size))
     if drifted or not all(map(math.isfinite, norms)):
         what = "have drifted apart" if drifted else "are not finite"
-        give_up(
-            f"train.py: step {run.step}: the ranks' weights {what}; the newest checkpoint is from "
-            "before"
-        )
+        give_up(f"train.py: step {run.step}: the ranks' weights {what}; they are not saved")
 
 
 def weight_norms(run):
@@ -288,7 +276,9 @@ class Heard:
             self.stream.flush()
         except OSError:
             self.stop.seen = True
-            mute()
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)
 
 
 def choose_device(config):
@@ -353,7 +343,11 @@ def open_output(c):
             mend = "go on with --resume, or choose another" if begun else "choose another"
             raise ValueError(f"--out {c.out}: not empty; {mend}")
     if begun:
-        check_same_recipe(c)
+        before, now = flags_of(load_config(c.out / "config.json")), flags_of(c)
+        before |= {flag: now[flag] for flag in MAY_DIFFER}
+        if different := differences(before, now):
+            other = f"{c.out} was made with other values (then, now)"
+            raise ValueError(f"--resume: {other}: {different}")
     if first:
         lock(c.out)
     return newest_checkpoint(c.out) if begun else None
@@ -362,6 +356,7 @@ def open_output(c):
 def lock(folder):
     """Keeps a folder for this process as long as it lives. Raises ValueError that says who has it.
     A file system without locks lets everybody in."""
+    check_writable("--out", folder)
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)  # not closed: the lock would end
     try:
@@ -373,13 +368,6 @@ def lock(folder):
         return
     os.truncate(handle, 0)
     os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
-
-
-def check_same_recipe(c):
-    before, now = flags_of(load_config(c.out / "config.json")), flags_of(c)
-    before |= {flag: now[flag] for flag in MAY_DIFFER}
-    if different := differences(before, now):
-        raise ValueError(f"--resume: {c.out} was made with other values (then, now): {different}")
 
 
 def newest_checkpoint(out):
@@ -425,7 +413,7 @@ def step_of(row):
     """The step of a line of log.jsonl; of half a line, or another, infinity."""
     try:
         return int(json.loads(row)["step"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         return math.inf
 
 
@@ -440,7 +428,6 @@ def save_checkpoint(run):
     cannot be written; the one before is then untouched."""
     folder = run.config.out / "checkpoints"
     final = folder / f"step-{run.step:06d}"
-    unfinished = folder / f".{final.name}.unfinished"
     state = {
         "step": run.step,
         "prompts_per_step": run.prompts_per_step(),
@@ -449,38 +436,23 @@ def save_checkpoint(run):
         "optimizer": run.optimizer.state_dict(),
     }
     with writing(final):
-        remove_leftovers(folder)
         try:
-            unfinished.mkdir(parents=True)
-            run.save_lora(unfinished)
-            torch.save(state, unfinished / "state.pt")
-            for path in (*unfinished.iterdir(), unfinished):
-                flush(path)
-            unfinished.rename(final)
+            partial = folder / f".{final.name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+            partial.mkdir(parents=True)
+            run.save_lora(partial)
+            with whole_file(partial / "state.pt") as file:
+                torch.save(state, file)
+            partial.rename(final)
             link = folder / ".latest"
             link.unlink(missing_ok=True)
             link.symlink_to(final.name)
             link.rename(folder / "latest")
-            flush(folder)
             for old in sorted(folder.glob(STEP))[: -run.config.keep]:
-                old.rename(folder / f".{old.name}.discarded")  # before it is no longer whole
+                old.rename(folder / f".{old.name}.partial")  # before it is no longer whole
         finally:
-            remove_leftovers(folder)
-
-
-def remove_leftovers(folder):
-    """Deletes checkpoints that are discarded, or half written, also by a process that is dead."""
-    for leftover in folder.glob(f".{STEP}.*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def flush(path):
-    """Waits until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            for leftover in folder.glob(f".{STEP}.partial"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def load_checkpoint(run, folder):
@@ -489,8 +461,11 @@ def load_checkpoint(run, folder):
     try:
         state = load_weights(run, folder)
         run.optimizer.load_state_dict(state["optimizer"])
-        run.step, before = state["step"], state["prompts_per_step"]
-        changed = state["prompts"] != run.prompts
+        for p in run.trainables():
+            if run.optimizer.state[p]["exp_avg"].shape != p.shape:
+                raise ValueError("its optimiser is of another model")
+        run.step, prompts = state["step"], state["prompts"]
+        before, now = state["prompts_per_step"], run.prompts_per_step()
         if folder.name != f"step-{run.step:06d}":
             raise ValueError(f"it is of step {run.step}")
     except Exception as error:  # nearly anything may be raised of a damaged file
@@ -498,13 +473,13 @@ def load_checkpoint(run, folder):
             f"{folder}: not a whole checkpoint of this model ({first_line(error)}); delete it, and "
             "--resume takes the one before"
         ) from error
-    c, now = run.config, run.prompts_per_step()
+    c = run.config
     if before != now:
         raise ValueError(
             f"--resume: {c.out} was made with {before} prompts a step, --batch x --accumulate x "
             f"ranks; now these are {c.batch} x {c.accumulate} x {run.world_size}"
         )
-    if changed:
+    if prompts != run.prompts:
         raise ValueError(f"--resume: the content of {c.prompts} has changed since {c.out} was made")
 
 

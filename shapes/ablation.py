@@ -35,7 +35,7 @@ import torch
 from matplotlib.figure import Figure
 
 import utils
-from evaluate import compare
+from scores.numbers import compare
 from tools import figures
 
 NO_AC = ["--token-weight=0", "--pixel-weight=0"]  # attribute concentration
@@ -122,7 +122,7 @@ def main(options):
             runs[recipe].append((folder, "tuned"))
     table = tabulate(runs)
     utils.write(options.out / "ablation.json", json.dumps(table, indent=2) + "\n")
-    chart(table).savefig(options.out / "ablation.png")
+    figures.save(chart(table), options.out / "ablation.png")
     show(table)
 
 

@@ -109,7 +109,8 @@ def main(options):
     results = {"scores": table, "relative_cost_of_sampling": costs, "training_minutes": minutes}
     utils.write(options.out / "compare.json", json.dumps(results, indent=2) + "\n")
     prompts = prompt_lists.read(PRESETS["shapes"][1].eval_prompts)[:SHOWN]
-    images.grid(prompts, pictures).save(options.out / "baselines.png")
+    with utils.whole_file(options.out / "baselines.png") as file:
+        images.grid(prompts, pictures).save(file, "PNG")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import images as imaging
 import models
 import rewards
 import utils
+from scores import judges, numbers, report
 from shapes import world
 
 # --------------------------------------------------------------------------------------------------
@@ -57,11 +58,17 @@ def blip_vqa(tmp_path_factory):
 
 
 def load(source):
-    return evaluate.load_vqa(str(source), torch.device("cpu"), torch.float32)
+    kind = BlipForQuestionAnswering
+    return models.load_blip_model("vqa", kind, str(source), "cpu", torch.float32, tolerated=0)
+
+
+def load_judge(source):
+    options = evaluate.Options(vqa=str(source))
+    return judges.load_vqa(judges.Setup(options, configuration.TOY, "cpu", world))
 
 
 def score(loaded, image, questions):
-    return evaluate.vqa_probabilities(*loaded, image, questions).prod().item()
+    return judges.vqa_probabilities(*loaded, image, questions).prod().item()
 
 
 def picture(seed, size=64):
@@ -96,19 +103,19 @@ def by_hand(model, image, first_id, size, *questions):
     return product
 
 
-def test_blip_vqa_is_in_float32_where_the_run_allows_tf32(blip_vqa):
-    loaded, seen, matmul = load(blip_vqa), [], torch.backends.cuda.matmul
-    watch = loaded[0].vision_model.register_forward_hook(lambda *_: seen.append(matmul.allow_tf32))
-    with watch, utils.without_tf32():  # which puts back what the next line sets
+def test_a_judge_is_in_float32_where_the_run_allows_tf32():
+    seen, matmul = [], torch.backends.cuda.matmul
+    watch = judges.one_by_one(lambda image, prompt: seen.append(matmul.allow_tf32) or {})
+    with utils.without_tf32():  # which puts back what the next line sets
         matmul.allow_tf32 = True
-        score(loaded, picture(0), ["a car?"])
+        judges.judge({"x": watch}, judges.Batch([judges.Item("list", "a car", 0)], [None]))
         assert seen == [False] and matmul.allow_tf32
 
 
 @torch.no_grad()
 def test_blip_vqa_is_the_five_steps_by_hand(blip_vqa):
     loaded = load(blip_vqa)
-    asked = evaluate.vqa_questions('The red "cars" on the left of a round wooden bench')
+    asked = judges.vqa_questions('The red "cars" on the left of a round wooden bench')
     assert asked == ["the red cars?", "a round wooden bench?"]
     spelled = [["the", "red", "car", "##s", "?"], ["a", "round", "wooden", "bench", "?"]]
     for seed in range(2):
@@ -137,7 +144,7 @@ QUESTIONS = {  # in the style of T2I-CompBench's lists
 
 @pytest.mark.parametrize("prompt", QUESTIONS)
 def test_the_questions_of_a_prompt(prompt):
-    assert " ".join(evaluate.vqa_questions(prompt)) == QUESTIONS[prompt]
+    assert " ".join(judges.vqa_questions(prompt)) == QUESTIONS[prompt]
 
 
 def test_only_the_four_places_are_left_out_and_punctuation_goes(monkeypatch):
@@ -148,7 +155,7 @@ def test_only_the_four_places_are_left_out_and_punctuation_goes(monkeypatch):
         return type("Doc", (), {"noun_chunks": [Chunk(part) for part in prompt.split("|")]})
 
     monkeypatch.setattr(entities, "load_parser", lambda: parser)
-    asked = evaluate.vqa_questions
+    asked = judges.vqa_questions
     assert asked("top|the side|the left|the right") == []
     assert asked("Top|a top|The left|the left shoe") == [
         *("top?", "a top?", "the left?", "the left shoe?")
@@ -167,7 +174,14 @@ def test_another_or_damaged_model_in_place_of_blip_vqa_is_one_line(blip_vqa, tmp
         cases.append((damaged, "cannot be loaded"))
     for source, words in cases:
         with pytest.raises(ValueError, match=f"^--vqa {source}: [^\n]*{words}[^\n]*$"):
-            load(source)
+            load_judge(source)
+
+
+def test_blip_vqa_is_asked_of_no_list_that_is_scored_in_another_way(blip_vqa):
+    items = [judges.Item(name, "a red car", 0) for name in ("color", "spatial", "complex", "mine")]
+    batch = judges.Batch(items, picture(0).expand(4, 3, 64, 64))
+    rows = judges.judge({"vqa": load_judge(blip_vqa)}, batch)
+    assert [row["list"] for row in rows if "blip_vqa" in row] == ["color", "complex", "mine"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -187,54 +201,90 @@ def test_frechet_distance_is_the_textbook_formula(n, m, dim):
         root = scipy.linalg.sqrtm(a @ b).real.trace()
     expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + a.trace() + b.trace() - 2 * root
     x, y = torch.tensor(x), torch.tensor(y)
-    assert evaluate.frechet_distance(x, y) == pytest.approx(expected, rel=1e-4)
-    assert evaluate.frechet_distance(x, x) == pytest.approx(0, abs=1e-9 * a.trace())
+    assert numbers.frechet_distance(x, y) == pytest.approx(expected, rel=1e-4)
+    assert numbers.frechet_distance(x, x) == pytest.approx(0, abs=1e-9 * a.trace())
 
 
 def test_frechet_distance_on_a_line_is_by_hand():
     x, y = torch.tensor([[0.0], [2.0]]), torch.tensor([[10.0], [16.0]])  # deviations 2, 18 ** .5
     expected = 12**2 + (18**0.5 - 2**0.5) ** 2
-    assert evaluate.frechet_distance(x, y) == pytest.approx(expected, rel=1e-6)
+    assert numbers.frechet_distance(x, y) == pytest.approx(expected, rel=1e-6)
 
 
 def test_fidelity_tells_a_changed_model_from_the_floor():
     generator = torch.Generator().manual_seed(0)
-    base, other, noise = (torch.randn(60, 2, 8, generator=generator) for _ in range(3))
-    sides = {"base": base, "same": base, "far": 2 * base + noise}
-    floor, same, far = evaluate.fidelity(sides, other).values()
-    assert floor == same and same["interval"] == [0, 0]
-    low, high = far["interval"]
-    assert far["mean"] > 5 * floor["mean"] and 0 < low < far["difference"] < high
-    expected = evaluate.frechet_distance(base.flatten(0, 1), other.flatten(0, 1))
-    assert floor["mean"] == pytest.approx(expected, rel=1e-6)
+    base, other, noise, real = (torch.randn(120, 8, generator=generator) for _ in range(4))
+    drawn = {"base": base, "same": base, "far": 2 * base + noise}
+
+    def rows_of(features):
+        return [{"list": "x", "features": {"distance": row}} for row in features]
+
+    judged = {side: rows_of(features) for side, features in drawn.items()}
+    references = {"base": rows_of(other), "real": rows_of(real[:50])}
+    results = numbers.summarise(judged, 2, references)
+    for name, expected in (("base", other), ("real", real[:50])):
+        floor, same, far = (found[f"distance_to_{name}"] for found in results.values())
+        assert floor == same and same["interval"] == [0, 0]
+        low, high = far["interval"]
+        assert far["mean"] > 5 * floor["mean"] and 0 < low < far["difference"] < high
+        expected = numbers.frechet_distance(base, expected)
+        assert floor["mean"] == pytest.approx(expected, rel=1e-6)
 
 
-def rows(*values, column="x"):
-    return [{column: value} for value in values]
+def test_the_interval_of_a_distance_covers_it_as_often_as_it_says():
+    """The distance of a mean to another's, whose spread over samples is known."""
+    differences, covered = [], 0
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        base, far, real = (torch.randn(200, 2, generator=generator) for _ in range(3))
+        groups = torch.arange(200) % numbers.GROUPS
+        sides, ungrouped = {"base": base, "far": far + 1}, torch.full([200], -1)
+        found = numbers.compare_features(sides, groups, real, ungrouped)["far"]
+        differences.append(found["difference"])
+        (low, high), centre = found["interval"], found["difference"]
+        assert low < centre < high
+        covered += (high - low) / 2 / 1.96
+    spread = torch.tensor(differences).std().item()
+    assert 0.6 < covered / 40 / spread < 1.1  # the real images' own spread is not in it
+
+
+def rows(*values, column="x", of="list"):
+    return [{"list": of, column: value} for value in values]
 
 
 def summarise(base, tuned, **options):
     """The sides' entries: base's, tuned's."""
-    results = evaluate.summarise({"base": base, "tuned": tuned}, **options)
+    results = numbers.summarise({"base": base, "tuned": tuned}, **options)
     return results["base"], results["tuned"]
 
 
-def test_sides_are_compared_with_the_base_by_hand(capsys):
+def test_sides_are_compared_with_the_base_by_hand(tmp_path, capsys):
     sides = {"base": rows(0.0, 0.0, 1.0, 0.0), "tuned": rows(1.0, 0.0, 1.0, 1.0)}
     sides["tuned+syngen"] = rows(0.0, 0.0, 0.0, 0.0)
-    results = evaluate.summarise(sides)
+    results = numbers.summarise(sides, 1)
     assert results == {
         "base": {"x": {"mean": 0.25, "difference": 0.0, "interval": [0.0, 0.0]}},
         "tuned": {"x": {"mean": 0.75, "difference": 0.5, "interval": [0.0, 1.0]}},
         "tuned+syngen": {"x": {"mean": 0.0, "difference": -0.25, "interval": [-0.75, 0.0]}},
     }
-    evaluate.show({"n": 4, "sides": results, "protocol": {"steps": 16}})
+    results = {"n": 4, "sides": results, "protocol": {"steps": 16, "unet": "some/unet"}}
+    report.write(results, tmp_path / "results")
+    assert json.loads((tmp_path / "results.json").read_text()) == results
     printed = capsys.readouterr().out
-    assert "n = 4" in printed and "steps: 16" in printed
-    assert (
-        "x                           tuned           0.7500     +0.5000  [+0.0000, +1.0000]"
-        in printed
-    )
+    assert printed == (tmp_path / "results.md").read_text()
+    table = printed.splitlines()[:3]
+    assert len(set(map(len, table))) == 1
+    assert [[cell.strip() for cell in row.split("|")[1:-1]] for row in table] == [
+        ["n = 4 prompts", "base: some/unet", "tuned", "tuned+syngen"],
+        ["---"] * 4,
+        [
+            "x",
+            "0.2500",
+            "0.7500, +0.5000 [+0.0000, +1.0000]",
+            "0.0000, -0.2500 [-0.7500, +0.0000]",
+        ],
+    ]
+    assert "- steps: 16" in printed
 
 
 def test_nan_is_left_out_and_is_null_in_the_file():
@@ -243,10 +293,11 @@ def test_nan_is_left_out_and_is_null_in_the_file():
     assert base["x"]["mean"] == pytest.approx(2 / 3)
     assert tuned["x"]["mean"] == pytest.approx(2.5 / 3)
     assert all(map(math.isfinite, tuned["x"]["interval"]))
-    results = summarise(rows(nan, nan), rows(nan, 1.0))
-    base, tuned = json.loads(evaluate.as_json(results), parse_constant=pytest.fail)
-    assert base["x"]["mean"] is None and tuned["x"]["mean"] == 1
-    assert tuned["x"]["interval"] == [None, None]
+    assert summarise(rows(nan, nan), rows(nan, 1.0)) == ({}, {})  # there is nothing to compare
+    assert json.loads(report.as_json({"x": [nan, 1]}), parse_constant=pytest.fail) == {
+        "x": [None, 1]
+    }
+    assert summarise(rows(None, 1.0), rows(2.0, None)) == summarise(rows(nan, 1.0), rows(2.0, nan))
 
 
 def test_images_of_a_prompt_are_averaged_before_prompts_are_resampled():
@@ -263,21 +314,19 @@ def test_images_of_a_prompt_are_averaged_before_prompts_are_resampled():
 def test_runs_that_differ_widen_the_interval():
     same = torch.zeros(3, 50)
     apart = torch.tensor([[-1.0], [0.0], [1.0]]).expand(3, 50)
-    entries = evaluate.compare({"base": same, "same": same, "apart": apart})
+    entries = numbers.compare({"base": same, "same": same, "apart": apart})
     assert entries["same"] == {"mean": 0, "difference": 0, "interval": [0, 0]}
     low, high = entries["apart"]["interval"]
     assert low < -0.5 and high > 0.5
 
 
-def test_a_score_of_one_list_is_compared_over_that_list():
-    base = [*rows(0.0, 0.0, column="color"), *rows(0.5, column="shape")]
-    tuned = [*rows(0.0, 1.0, column="color"), *rows(0.5, column="shape")]
+def test_each_list_has_its_own_row():
+    base = [*rows(0.0, 0.0, of="color"), *rows(0.5, of="shape"), {"list": "spatial", "y": 2.0}]
+    tuned = [*rows(0.0, 1.0, of="color"), *rows(0.5, of="shape"), {"list": "spatial", "y": 3.0}]
     _, tuned = summarise(base, tuned)
-    assert {column: found["mean"] for column, found in tuned.items()} == {
-        "color": 0.5,
-        "shape": 0.5,
-    }
-    assert tuned["color"]["interval"] == [0.0, 1.0] and tuned["shape"]["interval"] == [0.0, 0.0]
+    means = {column: found["mean"] for column, found in tuned.items()}
+    assert means == {"x_color": 0.5, "x_shape": 0.5, "y_spatial": 3.0}
+    assert tuned["x_color"]["interval"] == [0.0, 1.0] and tuned["x_shape"]["interval"] == [0.0, 0.0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -292,12 +341,13 @@ def test_a_run_with_held_out_prompts_is_scored_on_them(tmp_path):
     config = small_config(tmp_path, eval_count=3)
     items, protocol = plan(config)
     heldout = Path(config.eval_prompts).read_text().splitlines()
-    assert items == (["heldout"] * 3, heldout[:3], [1_000_000_007 + i for i in range(3)])
+    assert items == [("heldout", heldout[i], 1_000_000_007 + i) for i in range(3)]
     assert protocol["scores"] == ["oracle", "blip", "activation", "fidelity"]
     assert protocol["prompts"] == {"heldout": 3} and protocol["seeds"] == "1000000007 to 1000000009"
+    assert protocol["trained_on"].startswith("0 of these 3 prompts, in shapes/weights/prompts/")
     items, protocol = plan(config, count=2, images=2, scores=("fidelity", "blip"))
-    assert items.seeds == [1_000_000_007, 1_000_000_008] * 2
-    assert items.prompts == [heldout[0]] * 2 + [heldout[1]] * 2
+    assert [item.seed for item in items] == [1_000_000_007, 1_000_000_008] * 2
+    assert [item.prompt for item in items] == [heldout[0]] * 2 + [heldout[1]] * 2
     assert protocol["scores"] == ["blip", "fidelity"] and protocol["images_per_prompt"] == 2
 
 
@@ -312,28 +362,80 @@ def test_a_run_without_them_is_scored_as_t2i_compbench_does(tmp_path, monkeypatc
     items, protocol = plan(config)
     assert protocol["scores"] == ["vqa", "blip", "activation", "fidelity"]
     assert protocol["prompts"] == {"color": 2, "shape": 2, "texture": 2}
-    assert protocol["images_per_prompt"] == 10 and len(items.seeds) == 60
-    assert items.seeds == [*range(42, 52)] * 6
-    assert items.prompts[9:11] == ["a color_val cat", "a dog"]
+    assert protocol["images_per_prompt"] == 10 and len(items) == 60
+    assert [item.seed for item in items] == [*range(42, 52)] * 6
+    assert [item.prompt for item in items[9:11]] == ["a color_val cat", "a dog"]
+
+
+LISTS = "color spatial non_spatial complex numeracy relations".split()
+
+
+def write_lists(folder):
+    """A list of each name, of two prompts that relate things."""
+    paths = {name: folder / f"{name}_val.txt" for name in LISTS}
+    for path in paths.values():
+        path.write_text("a cat on the left of a dog\na lamp near a red car\n")
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("lists", "expected"),
+    [
+        (["color", "complex", "relations"], ["vqa"]),
+        (["spatial"], ["grounding_dino_spatial"]),
+        (["non_spatial"], ["clip"]),
+        (["color", "spatial", "non_spatial"], ["vqa", "grounding_dino_spatial", "clip"]),
+    ],
+)
+def test_each_list_of_t2i_compbench_gets_its_own_score(tmp_path, lists, expected):
+    paths = write_lists(tmp_path)
+    config = small_config(tmp_path, resolution=512)
+    _, protocol = plan(config, prompts=tuple(paths[name] for name in lists))
+    assert set(protocol["scores"]) == {*expected, "blip", "activation", "fidelity"}
+    assert protocol["images_per_prompt"] == 10 and protocol["seeds"] == "42 to 51"
+
+
+def test_prompts_of_the_training_list_are_counted(tmp_path):
+    listed, trained = tmp_path / "eval.txt", tmp_path / "train.txt"
+    listed.write_text("a red circle\nA blue square.\na white ring\n")
+    trained.write_text('"a  RED circle"\na blue square\na blue square!\na cross\n')
+    config = small_config(tmp_path, prompts=trained)
+    _, protocol = plan(config, prompts=(listed,))
+    assert protocol["trained_on"].startswith(f"2 of these 3 prompts, in {trained} (case, ")
+    _, protocol = plan(config, prompts=(listed,), lora=("any.safetensors",))
+    assert protocol["trained_on"] == "not known" and protocol["lora"] == ["any.safetensors"]
+    _, protocol = plan(replace(config, prompts=tmp_path / "gone.txt"), prompts=(listed,))
+    assert protocol["trained_on"] == f"not known: there is no {tmp_path}/gone.txt"
 
 
 def test_bad_input_is_one_clear_line(tmp_path):
-    config = small_config(tmp_path)
+    config, paths = small_config(tmp_path), write_lists(tmp_path)
     cats, empty, missing = (tmp_path / f"{name}.txt" for name in ("cats", "empty", "missing"))
     cats.write_text("a red circle\na black cat\n")
     empty.write_text("\n\n")
-    for changes, options, words in (
-        ({}, {"prompts": (empty,)}, f"{empty}: no prompts in it"),
-        ({}, {"prompts": (missing,)}, f"{missing}: No such file"),
-        ({}, {"prompts": (cats,), "scores": ("oracle",)}, "--scores oracle: "),
-        ({"resolution": 64}, {"scores": ("oracle",)}, "--scores oracle: "),
-        ({}, {"scores": ("beauty",)}, "--scores beauty: unknown, there are oracle, vqa, blip"),
-        ({}, {"images": -1}, "--images"),
-        ({}, {"method": ("magic",)}, "--method magic: unknown, there are structured, syngen"),
-    ):
+    surrogate, own = "grounding_dino_spatial", "no protocol for the list"
+    cases = [
+        ({"prompts": (empty,)}, f"{empty}: no prompts in it"),
+        ({"prompts": (missing,)}, f"{missing}: No such file"),
+        ({"prompts": (cats,), "scores": ("oracle",)}, "--scores oracle: "),
+        ({"scores": ("beauty",)}, "--scores beauty: unknown, there are oracle, vqa, grounding"),
+        ({"images": -1}, "--images"),
+        ({"method": ("magic",)}, "--method magic: unknown, there are structured, syngen"),
+        ({"real": tmp_path, "scores": ("fidelity",)}, f"--real {tmp_path}: no pictures in it"),
+        ({"real": tmp_path, "scores": ("oracle",)}, "--real: is for --scores fidelity, fid"),
+        ({"scores": ("clean_fid",)}, "data/inception-2015-12-05.pt: no such file; fetch it: curl"),
+        ({"prompts": (cats,), "scores": (surrogate,)}, "'a red circle' does not relate things"),
+        ({"prompts": (paths["color"],), "scores": (surrogate,)}, f"{surrogate}: {own} color"),
+    ]
+    for name in ("spatial", "non_spatial", "numeracy"):
+        mixed = (paths["color"], paths[name])
+        cases.append(({"prompts": mixed, "scores": ("vqa",)}, f"--scores vqa: {own} {name}"))
+    for options, words in cases:
         with pytest.raises(ValueError) as caught:
-            plan(replace(config, **changes), **options)
+            plan(config, **options)
         assert words in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="^--scores oracle: "):
+        plan(replace(config, resolution=64), scores=("oracle",))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -346,6 +448,14 @@ def model():
     return pipe, diffusion.schedule(pipe.scheduler, 2), parameters
 
 
+def run(options, config, pipe, schedule):
+    """Scores a pipeline, as `main` does."""
+    items, protocol = evaluate.plan_scoring(options, config, world)
+    folder = evaluate.folder_of(options, protocol)
+    setup = judges.Setup(options, config, torch.device("cpu"), world, pipe, schedule)
+    evaluate.evaluate(setup, items, protocol, folder)
+
+
 def rows_of(out):
     return [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
 
@@ -356,11 +466,12 @@ def test_every_score_is_that_of_its_own_judge(model, tmp_path, blip_vqa, capsys)
     randomise(parameters, 1, 0.3)
     config = small_config(tmp_path, guidance_scale=2.0, num_steps=2, caption_reduction="mean")
     config.out.mkdir()
+    (config.out / "config.json").touch()
     asked, listed = ["a red circle and a blue square", "a white ring"], tmp_path / "list.txt"
     listed.write_text("\n".join(asked))
     options = evaluate.Options(config.out, prompts=(listed,), images=2, batch=3)
     options = replace(options, vqa=str(blip_vqa), scores=("vqa", *"oracle blip activation".split()))
-    evaluate.evaluate(evaluate.Setup(options, config, pipe, schedule, world))
+    run(options, config, pipe, schedule)
     results = json.loads((config.out / "results.json").read_text())
     twice, seeds = [asked[0], asked[0], asked[1], asked[1]], [42, 43, 42, 43]
     found = rows_of(config.out)
@@ -370,12 +481,13 @@ def test_every_score_is_that_of_its_own_judge(model, tmp_path, blip_vqa, capsys)
     likelihood = rewards.load_blip(replace(config, caption_reduction="sum"), "cpu")
     for name, adapter in (("base", None), ("tuned", diffusion.ADAPTER)):
         (z,) = imaging.latents(pipe, schedule, twice, 2.0, 32, (adapter,), seeds)
-        images = imaging.decode_all(pipe, z)
+        pictures = map(imaging.to_pil, imaging.decode_all(pipe, z))
+        images = torch.stack(list(map(transforms.functional.to_tensor, pictures)))
         with torch.no_grad(), models.using(pipe, adapter):
             text, blocks = diffusion.encode(pipe, twice), attention.all_blocks(pipe.unet)
             tokens = imaging.token_activations(pipe, schedule, text, z, blocks, seeds)
             answers = [
-                score(load(blip_vqa), image, evaluate.vqa_questions(prompt))
+                score(load(blip_vqa), image, judges.vqa_questions(prompt))
                 for image, prompt in zip(images, twice)
             ]
             expected = {
@@ -383,7 +495,7 @@ def test_every_score_is_that_of_its_own_judge(model, tmp_path, blip_vqa, capsys)
                 "entity_activation_percent": (
                     100 * attention.entity_activation(tokens, entities.find_all(twice))
                 ).tolist(),
-                "blip_vqa_list": answers,
+                "blip_vqa": answers,
                 "extra_objects": [
                     world.score(i, p)["extra_objects"] for i, p in zip(images, twice)
                 ],
@@ -400,14 +512,14 @@ def test_every_score_is_that_of_its_own_judge(model, tmp_path, blip_vqa, capsys)
     assert protocol["unet"] == protocol["model"] == "shapes/weights/pipeline"
     assert protocol["num_steps"] == 2
     assert (protocol["seeds"], protocol["prompts"]) == ("42 to 43", {"list": 2})
-    assert all(f"{key}: {value}" in printed for key, value in protocol.items())
+    assert all(f"- {key}: {value}" in printed for key, value in protocol.items())
+    assert (config.out / "results.md").read_text() in printed
     # the same again goes on, another protocol is refused before any work
-    before = sorted((path, path.read_bytes()) for path in config.out.iterdir())
-    other = evaluate.Setup(replace(options, images=1), config, None, schedule, world)
+    before = sorted((path, path.read_bytes()) for path in config.out.glob("*.*"))
     with pytest.raises(ValueError, match=f"{config.out}/results.json: of another protocol; .*--to"):
-        evaluate.evaluate(other)
-    assert before == sorted((path, path.read_bytes()) for path in config.out.iterdir())
-    evaluate.evaluate(evaluate.Setup(options, config, pipe, schedule, world))
+        run(replace(options, images=1), config, None, None)
+    assert before == sorted((path, path.read_bytes()) for path in config.out.glob("*.*"))
+    run(options, config, pipe, schedule)
 
 
 def test_a_lora_that_does_nothing_scores_as_the_base(model, tmp_path):
@@ -416,14 +528,15 @@ def test_a_lora_that_does_nothing_scores_as_the_base(model, tmp_path):
         p.data.zero_()
     config = small_config(tmp_path, eval_count=3)
     options = evaluate.Options(config.out, to=tmp_path / "elsewhere")
-    evaluate.evaluate(evaluate.Setup(options, config, pipe, schedule, world))
+    run(options, config, pipe, schedule)
     results = json.loads((options.to / "results.json").read_text())
     base, tuned = results["sides"]["base"], results["sides"]["tuned"]
     assert {"fully_right", "caption_log_likelihood"} < base.keys() and base == tuned
-    base.pop("attributes_bound")  # NaN: an untrained model draws no object
+    assert "attributes_bound" not in base  # an untrained model draws no object
     assert not any(entry["difference"] for entry in base.values())
-    assert base["frechet_distance"]["mean"] > 0
-    assert tuned["frechet_distance"]["interval"] == [0, 0]
+    assert base["frechet_distance_to_base"]["mean"] > 0
+    assert tuned["frechet_distance_to_base"]["interval"] == [0, 0]
+    assert not (options.to / "sheets").exists()  # there is no gain and no loss
     assert not config.out.exists()
 
 
@@ -432,20 +545,20 @@ def test_a_lora_that_does_nothing_scores_as_the_base(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_give_the_same_results_as_one(trained, tmp_path):
-    for name in ("one", "two"):
+def test_three_ranks_give_the_same_results_as_one(trained, tmp_path):
+    for name in ("one", "three"):
         (tmp_path / name).mkdir()
         shutil.copytree(trained / "checkpoints", tmp_path / name / "checkpoints", symlinks=True)
         config = replace(utils.load_config(trained / "config.json"), device="cuda")
         utils.save_config(config, tmp_path / name / "config.json")
     evaluate.main(evaluate.Options(tmp_path / "one", device="cpu"))  # which overrules the run's
-    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
-    done = command(*ranks, "evaluate.py", tmp_path / "two", "--device", "cpu")
+    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 3)
+    done = command(*ranks, "evaluate.py", tmp_path / "three", "--device", "cpu")
     assert done.returncode == 0, done.stderr[-2000:]
     for file in ("results.json", "scores.jsonl"):
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
-    assert "prompts, n = 5" in done.stdout and "checkpoint: step-000002" in done.stdout
-    assert [row["side"] for row in rows_of(tmp_path / "two")] == ["base", "tuned"] * 5
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "three" / file).read_bytes()
+    assert "| n = 5 prompts" in done.stdout and "checkpoint: step-000002" in done.stdout
+    assert [row["side"] for row in rows_of(tmp_path / "three")] == ["base", "tuned"] * 5
 
 
 def test_help_needs_no_torch():

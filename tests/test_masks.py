@@ -267,7 +267,7 @@ def test_a_box_belongs_to_the_noun_with_the_highest_token(segmenter, monkeypatch
     scores, expected = OWNERS[case]
     answer(segmenter, monkeypatch, [((0.5, 0.5, 0.2, 0.4), scores)])
     pixels = torch.zeros(3, 40, 40, dtype=torch.uint8)
-    boxes, owners = segmenter.detect(pixels, ["dog", "fire hydrant", ""])
+    boxes, owners, _ = segmenter.detect(pixels, ["dog", "fire hydrant", ""])
     assert owners.tolist() == expected
     torch.testing.assert_close(boxes, torch.tensor([[0.4, 0.3, 0.6, 0.7]])[: len(expected)])
 
@@ -275,7 +275,7 @@ def test_a_box_belongs_to_the_noun_with_the_highest_token(segmenter, monkeypatch
 def test_the_best_boxes_are_kept_and_no_more_than_sam_can_hold(segmenter, monkeypatch):
     rows = [((k / 1000, 0.5, 0.0, 0.0), {1: 0.2 + k / 1500}) for k in range(900)]
     answer(segmenter, monkeypatch, rows)
-    boxes, owners = segmenter.detect(torch.zeros(3, 40, 40, dtype=torch.uint8), ["dog", "cat"])
+    boxes, owners, _ = segmenter.detect(torch.zeros(3, 40, 40, dtype=torch.uint8), ["dog", "cat"])
     best = torch.arange(899, 899 - masks.MAX_BOXES, -1) / 1000
     torch.testing.assert_close(boxes[:, 0], best)
     assert owners.tolist() == [0] * masks.MAX_BOXES
@@ -369,6 +369,13 @@ def test_a_thin_image_is_refused_and_a_small_one_read(tmp_path, size, capsys):
     else:
         run("a circle", image=path, to=to, segmenter=str(SEGMENTER))
     assert to.exists() == (max(size) <= 64)
+
+
+@pytest.mark.parametrize("threshold", ["box_threshold", "text_threshold"])
+def test_a_threshold_is_a_share(scene, threshold):
+    for value in (float("nan"), 1.5, -0.1):
+        with pytest.raises(ValueError, match=f"^--{threshold.replace('_', '-')} {value}: must be"):
+            run("a circle", image=scene, **{threshold: value})
 
 
 @pytest.mark.parametrize("to", [".", "masks", "masks.txt", "thin.png/masks.png"])

@@ -188,6 +188,15 @@ def test_images_are_resized_and_cropped_as_by_the_processor(tmp_path, clip_folde
     assert 0 < levels.abs().max() < 2
 
 
+@pytest.mark.parametrize("size", [(32, 32), (96, 128), (20, 24)])
+@torch.no_grad()
+def test_without_gradient_the_score_is_transformers_own_at_any_size(tmp_path, clip_folder, size):
+    reward, images = load(tmp_path, "clip", clip_folder), smooth(*size)
+    expected, _, pixels = own_path(clip_folder, pictures_of(images), CAPTIONS)
+    torch.testing.assert_close(reward(images, CAPTIONS), expected, rtol=0, atol=1e-6)
+    assert torch.equal(reward.pixels(images), pixels)
+
+
 def test_bicubic_leaves_the_image_in_its_range(tmp_path, clip_folder):
     sharp = (torch.arange(96) // 12 % 2).float().expand(1, 3, 96, 96)
     pixels = load(tmp_path, "clip", clip_folder).pixels(sharp)

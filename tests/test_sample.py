@@ -15,7 +15,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import attention
-import config as configuration
 import diffusion
 import images
 import models
@@ -74,7 +73,7 @@ def test_images_know_their_prompt_seed_and_models(out, tmp_path):
         i, tuned = int(row["file_name"][:3]), "tuned" in row["file_name"]
         assert row == {"file_name": row["file_name"], "text": prompts[i]}  # columns of a dataset
         image = Image.open(tmp_path / row["file_name"])
-        model = str(configuration.SHAPES / "pipeline")
+        model = "shapes/weights/pipeline"
         assert image.size == (32, 32)
         assert image.text == row | {
             "seed": str(5 + i),
@@ -85,7 +84,8 @@ def test_images_know_their_prompt_seed_and_models(out, tmp_path):
             "method": "none",
             "model": model,
             "unet": model,
-            "lora": f"{out}/checkpoints/latest" if tuned else "none",
+            "vae": model,
+            "lora": f"{out}/checkpoints/step-000004" if tuned else "none",
         }
     assert differ(tmp_path / "000-base.png", tmp_path / "000-tuned.png") > 5
 
@@ -319,13 +319,13 @@ def test_maps_of_tokens_average_to_their_activation(opened):
 def test_heat_maps_are_of_their_own_prompts_and_models(out, opened, tmp_path, monkeypatch):
     config, pipe, plan, _, _ = opened
     charts = {}
-    draw_chart = sample.figures.attention_chart
+    draw_chart = images.figures.attention_chart
 
     def keep_chart(prompt, words, rows):
         charts[prompt] = words, rows
         return draw_chart(prompt, words, rows)
 
-    monkeypatch.setattr(sample.figures, "attention_chart", keep_chart)
+    monkeypatch.setattr(images.figures, "attention_chart", keep_chart)
     draw(out, attention=True, seed=7, to=tmp_path)
     for name in ("grid", "000-attention", "001-attention"):
         assert pixels(tmp_path / f"{name}.png").std() > 10

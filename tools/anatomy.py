@@ -42,7 +42,7 @@ import build
 import diffusion
 import train
 import utils
-from tools.figures import DPI, draw_heat, words_of
+from tools.figures import DPI, draw_heat, save, words_of
 
 LAYOUT = [  # titles; those of the single letters follow
     ["1 Sample", ".", "2 Judge: -log p", "2 Judge: -log p", "2 Wanted: -dL/dimage"],
@@ -109,6 +109,7 @@ def draw(run, z, attention, norms):
 
 
 def main(c):
+    utils.check_writable("--to", Path(c.to).parent)
     run = build.setup(replace(c, batch=1, accumulate=1, warmup=0))
     if not (run.segmenter and run.discriminator and "blip" in run.rewards):
         raise ValueError("every part of a step is drawn: leave blip in --rewards, and no weight 0")
@@ -123,7 +124,7 @@ def main(c):
     image = diffusion.decode(run.pipe, step[0])[0].detach().cpu()
     panels["6 Update"].imshow(image.movedim(0, -1))
     panels["6 Update"].set_xlabel(f"after {c.updates} such steps")
-    figure.savefig(c.to, bbox_inches="tight")
+    save(figure, c.to, bbox_inches="tight")
     print(c.to)
 
 

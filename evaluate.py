@@ -71,15 +71,11 @@ if __name__ == "__main__":
 
 import json
 import os
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 
 import torch
-from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 import diffusion
@@ -89,7 +85,7 @@ import prompts as prompt_lists
 import utils
 from baselines import training_free
 from scores import judges as judging
-from scores import numbers, report
+from scores import numbers, pictures, report
 from scores.judges import Batch, Item, Setup
 
 READING = "captioner caption_prefix".split()
@@ -98,58 +94,19 @@ WHO = "scores pictures model unet checkpoint lora methods trained_on".split()  #
 OTHER = 700_000_001  # added to a seed for the base's image with another seed
 
 # --------------------------------------------------------------------------------------------------
-# Pictures that are there
-
-
-def list_pictures(folder):
-    """[(file, prompt)] of a folder of pictures; of another folder none."""
-    table = folder / "metadata.jsonl"
-    if not table.is_file():
-        files = folder.glob(f"samples/*_{6 * '[0-9]'}.png")
-        return [(file, file.stem[:-7]) for file in sorted(files, key=lambda file: file.stem[-6:])]
-    listed = []
-    for where, row in prompt_lists.rows_of(prompt_lists.text_of(table), ".jsonl", table):
-        prompt = prompt_lists.prompt_of(row, where)
-        if not isinstance(row, dict) or not (folder / str(row.get("file_name"))).is_file():
-            raise ValueError(f"{where}: its file_name is no file")
-        listed.append((folder / row["file_name"], prompt))
-    return listed
-
-
-def find_pictures(folder):
-    """{side: {(prompt, number): file}} of a folder of pictures, of another folder {}. Those of a
-    prompt are numbered; 000-tuned.png is of the side `tuned`. Raises ValueError."""
-    sides, count = defaultdict(dict), Counter()
-    for file, prompt in list_pictures(folder):
-        label = re.fullmatch(r"\d+-((base|tuned).*)", file.stem)
-        side = label[1] if label else "pictures"
-        sides[side][prompt, count[side, prompt]] = file
-        count[side, prompt] += 1
-    for side, files in sides.items():
-        if files.keys() != next(iter(sides.values())).keys():
-            raise ValueError(f"{folder}: the pictures of {side} have other prompts")
-    return sides
-
-
-def find_real(folder):
-    """The real images below a folder: {("real", number): file}."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
-    if not files:
-        raise ValueError(f"--real {folder}: no pictures in it")
-    return {("real", number): file for number, file in enumerate(files)}
-
-
-# --------------------------------------------------------------------------------------------------
 # Planning: all that can be known before models are loaded
 
 
-def read_lists(options, config, pictures):
+def read_lists(options, config, finished):
     """[(name of its list, prompt)]. Raises ValueError naming the file."""
+    if finished and not options.prompts:
+        name = options.out.resolve().name
+        files, *_ = finished.values()
+        own = dict.fromkeys(prompt for prompt, _ in files)
+        asked = [(name, prompt) for prompt in own]
+        return asked[: options.count or None]
     count = options.count or config.eval_count
     paths = options.prompts or LISTS
-    if pictures and not options.prompts:
-        own = dict.fromkeys(prompt for prompt, _ in next(iter(pictures.values())))
-        return [(options.out.resolve().name, prompt) for prompt in own][: options.count or None]
     if config.eval_prompts and not options.prompts:
         paths = (Path(config.eval_prompts),)
     if paths == LISTS and not LISTS[0].exists():
@@ -161,11 +118,11 @@ def read_lists(options, config, pictures):
     return asked
 
 
-def choose_scores(options, lists, readable, pictures):
-    """Names of scores, in order. readable: whether the oracle can read the images. Raises
-    ValueError for what cannot be scored, or is nobody's protocol."""
+def choose_scores(options, lists, readable, finished):
+    """Names of scores, in order. readable: whether the oracle can read the images; finished:
+    whether they are pictures. Raises ValueError for what is nobody's protocol."""
     default = ["oracle"] if readable else [judging.OWN.get(name, "vqa") for name in lists]
-    default += ["blip"] if pictures else ["blip", "activation", "fidelity"]
+    default += ["blip"] if finished else ["blip", "activation", "fidelity"]
     scores = set(options.scores or default)
     features = judging.FEATURES & scores
     if unknown := scores - judging.JUDGES.keys():
@@ -173,9 +130,9 @@ def choose_scores(options, lists, readable, pictures):
         raise ValueError(f"--scores {min(unknown)}: unknown, there are {listed}")
     if "oracle" in scores and not readable:
         raise ValueError("--scores oracle: it reads prompts and images of the shapes world only")
-    if "activation" in scores and pictures:
+    if "activation" in scores and finished:
         raise ValueError("--scores activation: needs a model; pictures have no latents")
-    if features and pictures and not options.real:
+    if features and finished and not options.real:
         raise ValueError(f"--scores {min(features)}: of pictures it needs --real FOLDER")
     if options.real and not features:
         raise ValueError("--real: is for --scores fidelity, fid, clean_fid")
@@ -186,20 +143,27 @@ def choose_scores(options, lists, readable, pictures):
     return [name for name in judging.JUDGES if name in scores]
 
 
-def items_of(options, asked, scores, pictures):
-    """The Items of [(list, prompt)]. Raises ValueError for pictures that are not there."""
+def items_of(options, asked, scores):
+    """The Items of [(list, prompt)], to be drawn."""
     images, seed = (10, 42) if judging.COMPBENCH & set(scores) else (1, imaging.SEED)
-    there = next(iter(pictures.values()), {})
-    if pictures:
-        images, seed = Counter(prompt for prompt, _ in there)[asked[0][1]] or 1, 0
     images = options.images or images
     items = []
     for place, (name, prompt) in enumerate(asked):
-        first = seed + place if images == 1 and not pictures else seed
+        first = seed + place if images == 1 else seed
         items += [Item(name, prompt, first + k) for k in range(images)]
-    missing = [item.prompt for item in items if pictures and item[1:] not in there]
-    if missing:
-        raise ValueError(f"{options.out}: not {images} pictures of {missing[0]!r}")
+    return items
+
+
+def finished_items(options, asked, files):
+    """The Items of [(list, prompt)] among pictures {(prompt, number): file}. Raises ValueError."""
+    there = Counter(prompt for prompt, _ in files)
+    _, first = asked[0]
+    images = options.images or there[first] or 1
+    items = []
+    for name, prompt in asked:
+        if there[prompt] < images:
+            raise ValueError(f"{options.out}: not {images} pictures of {prompt!r}")
+        items += [Item(name, prompt, number) for number in range(images)]
     return items
 
 
@@ -229,19 +193,22 @@ def protocol_of(options, config, items):
     }
 
 
-def plan_scoring(options, config, oracle, pictures=None):
-    """(Items, protocol). pictures: what find_pictures returns. Raises ValueError naming the file or
+def plan_scoring(options, config, oracle, finished=None):
+    """(Items, protocol). finished: what pictures.find returns. Raises ValueError naming the file or
     flag."""
     training_free.check(options.method)
     if min(options.images, options.count, options.batch) < 0:
         raise ValueError("--images, --count, --batch: cannot be negative")
-    pictures = pictures or {}
-    asked = read_lists(options, config, pictures)
+    asked = read_lists(options, config, finished)
     lists = Counter(name for name, _ in asked)
     of_the_world = all(oracle.objects_of(prompt) for _, prompt in asked)
     readable = of_the_world and config.resolution == oracle.SIZE
-    scores = choose_scores(options, lists, readable, pictures)
-    items = items_of(options, asked, scores, pictures)
+    scores = choose_scores(options, lists, readable, bool(finished))
+    if finished:
+        files, *_ = finished.values()
+        items = finished_items(options, asked, files)
+    else:
+        items = items_of(options, asked, scores)
     judging.check(scores, items, options.inception)
     models_of = vars(config) | {"vqa": options.vqa, "grounding_dino_spatial": config.dino}
     protocol = {
@@ -253,8 +220,9 @@ def plan_scoring(options, config, oracle, pictures=None):
         **{name: portable(models_of[name]) for name in (*READING, *scores) if name in models_of},
     }
     if options.real:
-        protocol["real"] = f"{len(find_real(options.real))} in {portable(options.real)}"
-    if pictures:
+        count = len(pictures.find_real(options.real))
+        protocol["real"] = f"{count} in {portable(options.real)}"
+    if finished:
         protocol["pictures"] = portable(options.out)
     else:
         protocol |= protocol_of(options, config, items)
@@ -286,20 +254,6 @@ def draw_model(setup, adapter, sampler, items):
     return Batch(items, images, z, adapter)
 
 
-def draw_files(files, items):
-    """Pictures that are there: files {(prompt, number): file}. Raises ValueError."""
-    images = []
-    for item in items:
-        file = files[item[1:]]
-        try:
-            images.append(pil_to_tensor(Image.open(file).convert("RGB")) / 255)
-        except OSError as error:
-            raise ValueError(f"{file}: not a picture ({utils.first_line(error)})") from error
-        if images[-1].shape != images[0].shape:
-            raise ValueError(f"{file}: not of the size of the other pictures")
-    return Batch(items, torch.stack(images))
-
-
 def judge_all(setup, judges, items, draw, label, batch):
     """The rows of all items, on every rank. Batches are dealt out whole, so that no number depends
     on world_size."""
@@ -321,20 +275,20 @@ def references_of(setup, judges, items, sides):
         label = "base, other seeds"
         references["base"] = judge_all(setup, judges, others, sides["base"], label, setup.batch)
     if setup.options.real:
-        files = find_real(setup.options.real)
+        files = pictures.find_real(setup.options.real)
         real = [Item("real", *key) for key in files]
-        draw = partial(draw_files, files)
+        draw = partial(pictures.draw, files)
         references["real"] = judge_all(setup, judges, real, draw, "real", batch=1)
     return references
 
 
-def evaluate(setup, items, protocol, folder, pictures=None):
+def evaluate(setup, items, protocol, folder, finished=None):
     """Scores the base, the adapter `comat` if there is one, and both with each method, or pictures;
     all ranks together. Rank 0 writes the files and prints the table."""
     options = setup.options
     judges = {score: judging.JUDGES[score](setup) for score in protocol["scores"]}
-    if pictures:
-        sides = {side: partial(draw_files, files) for side, files in pictures.items()}
+    if finished:
+        sides = {side: partial(pictures.draw, files) for side, files in finished.items()}
     else:
         tuned = {} if options.base_only else {"tuned": diffusion.ADAPTER}
         adapters = {"base": None} | tuned
@@ -393,22 +347,20 @@ def main(options):
     options = replace(options, base_only=base_only)
     source = options.out, options.checkpoint, options.lora, base_only
     is_run = (options.out / "config.json").is_file()
-    if pictures := {} if is_run else find_pictures(options.out):
-        files, *_ = pictures.values()
-        first = draw_files(files, [Item("", *key) for key in [*files][:1]])
-        preset = "shapes" if first.images.shape[-1] == world.SIZE else "sdxl"
-        source = preset, "latest", (), True  # whose judges they get
+    finished = {} if is_run else pictures.find(options.out)
+    if finished:
+        source = pictures.preset_of(finished, world), "latest", (), True
     config, *_ = models.read_run(*source, **options.overrides())
     config = replace(config, clip=options.clip)
-    items, protocol = plan_scoring(options, config, world, pictures)
+    items, protocol = plan_scoring(options, config, world, finished)
     folder = folder_of(options, protocol)
     setup = Setup(options, config, utils.choose_device(config), world)
-    if not pictures:
+    if not finished:
         _, setup.pipe, setup.plan = models.open_run(*source, **options.overrides())
     setup.ranks = utils.join(setup.device, minutes=8 * 60)  # they meet at the end only
     on_cpu = setup.device.type == "cpu"  # there last digits depend on the number of threads
     torch.set_num_threads(1 if on_cpu else os.cpu_count())
-    evaluate(setup, items, protocol, folder, pictures)
+    evaluate(setup, items, protocol, folder, finished)
     utils.leave(setup.ranks[1])
 
 

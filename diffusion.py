@@ -166,7 +166,11 @@ def predict(pipe, z, timestep, embedding):
         size = torch.tensor([height, width, 0, 0, height, width], device=z.device, dtype=dtype)
         conditioning = {"text_embeds": embedding.pooled, "time_ids": size.expand(len(z), -1)}
     output = unet(z.to(dtype), timestep, embedding.tokens, added_cond_kwargs=conditioning).sample
-    return output.to(torch.promote_types(output.dtype, torch.float32))
+    return at_least_fp32(output)
+
+
+def at_least_fp32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def guided(pipe, step, z, text, guidance_scale):
@@ -342,5 +346,7 @@ def gradient_norms(losses, parameters):
 
 def decode(pipe, z):
     """Latents (B, 4, h, w) -> images (B, 3, H, W) in [0, 1], at least fp32, differentiable."""
-    images = pipe.vae.decode((z / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)).sample
-    return (images.to(torch.promote_types(images.dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)
+    vae = pipe.vae
+    latents = z / vae.config.scaling_factor
+    images = vae.decode(latents.to(vae.dtype)).sample
+    return (at_least_fp32(images) / 2 + 0.5).clamp(0, 1)

@@ -341,7 +341,8 @@ def find_entities(prompt, nlp=None, tokenizer=None):
 
     nlp: a spaCy pipeline; tokenizer: CLIP's, a fast one. Never raises on a string: words beyond
     the context are dropped, and a prompt that is not English has none, which stderr says once."""
-    return list(_read(prompt, nlp, tokenizer)[0])
+    entities, _ = _read(prompt, nlp, tokenizer)
+    return list(entities)
 
 
 def find_all(prompts, nlp=None, tokenizer=None):
@@ -351,7 +352,8 @@ def find_all(prompts, nlp=None, tokenizer=None):
 
 def repeated_nouns(prompt, nlp=None, tokenizer=None):
     """Names that `find_entities` leaves out because several things have them."""
-    return list(_read(prompt, nlp, tokenizer)[1])
+    _, repeated = _read(prompt, nlp, tokenizer)
+    return list(repeated)
 
 
 def statistics(prompts, nlp=None):

@@ -44,26 +44,36 @@ LISTS = tuple(Path(f"data/t2i_compbench/{kind}_val.txt") for kind in ("color", "
 class Options(Overrides):
     out: tyro.conf.Positional[Path | None] = None
     """Output folder of train.py, a preset, a hub id, or a folder of pictures."""
-    checkpoint: str = "latest"  # Folder name below OUT/checkpoints.
+    checkpoint: str = "latest"
+    """Folder name below OUT/checkpoints."""
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """In place of the checkpoint a LoRA, as in sample.py; of several the sum."""
-    base_only: bool = False  # Only the base; needs no checkpoint.
+    base_only: bool = False
+    """Only the base; needs no checkpoint."""
     method: tuple[str, ...] = ()
     """Training-free methods of baselines/training_free.py, each on each model."""
     compare: tuple[Path, ...] = ()
     """Folders with results.json: one table, differences to the first."""
-    scores: tuple[str, ...] = ()  # Names of scores.
+    scores: tuple[str, ...] = ()
+    """Names of scores."""
     prompts: tuple[Path, ...] = ()
     """Prompt lists; empty: the run's --eval-prompts, or T2I-CompBench's; of pictures all."""
-    images: int = 0  # Images per prompt; 0: 10 where T2I-CompBench scores, else 1; of pictures all.
-    count: int = 0  # The first prompts of each list; 0: the run's --eval-count.
-    real: Path | None = None  # Folder of real images, for fidelity, fid and clean_fid.
+    images: int = 0
+    """Images per prompt; 0: 10 where T2I-CompBench scores, else 1; of pictures all."""
+    count: int = 0
+    """The first prompts of each list; 0: the run's --eval-count."""
+    real: Path | None = None
+    """Folder of real images, for fidelity, fid and clean_fid."""
     to: Path | None = None
     """Folder for the results, of no other protocol; None: OUT, or out/NAME-scores."""
-    batch: int = 0  # Images at a time; 0: the run's --batch. Changes no more than last digits.
-    vqa: str = "Salesforce/blip-vqa-base"  # Model of the score vqa: a hub id or a folder.
-    clip: str = "openai/clip-vit-base-patch32"  # Model of the score clip.
-    inception: Path = Path("data")  # Folder with clean-fid's inception-2015-12-05.pt.
+    batch: int = 0
+    """Images at a time; 0: the run's --batch. Changes no more than last digits."""
+    vqa: str = "Salesforce/blip-vqa-base"
+    """Model of the score vqa: a hub id or a folder."""
+    clip: str = "openai/clip-vit-base-patch32"
+    """Model of the score clip."""
+    inception: Path = Path("data")
+    """Folder with clean-fid's inception-2015-12-05.pt."""
 
 
 if __name__ == "__main__":

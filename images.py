@@ -149,18 +149,26 @@ def grid(prompts, rows, columns=4):
     return canvas
 
 
+def save_grid(path, prompts, rows, columns=4):
+    """Writes a grid as PNG and returns it."""
+    picture = grid(prompts, rows, columns)
+    with whole_file(path) as file:
+        picture.save(file, "PNG")
+    return picture
+
+
 def write_lists(pictures, folder):
     """metadata.jsonl and grid.png of pictures {label: [Picture]} that are there."""
     lines, shown = [], {}
     for label, of_label in pictures.items():
         for file, prompt, _ in of_label:  # diffusers' script takes no other columns
-            lines.append(json.dumps({"file_name": file, "text": prompt}) + "\n")
+            row = {"file_name": file, "text": prompt}
+            lines.append(json.dumps(row) + "\n")
         files = [folder / picture.file for picture in of_label[:SHOWN]]
         shown[label] = [to_tensor(Image.open(file)) for file in files]
     write(folder / "metadata.jsonl", "".join(lines))
     prompts = [picture.prompt for picture in pictures["base"]]
-    with whole_file(folder / "grid.png") as file:
-        grid(prompts[:SHOWN], shown).save(file, "PNG")
+    save_grid(folder / "grid.png", prompts[:SHOWN], shown)
     print(f"prompts: {len(prompts)}, images: {folder / 'grid.png'}")
 
 
@@ -279,9 +287,9 @@ def write_charts(opened, judges, pictures, drawn, folder):
     """Writes what words attend to in images drawn of Pictures {label: (adapter, latents, images)}.
     opened: what models.open_run returned; judges: (parser, segmenter)."""
     for i, (file, prompt, (seed,)) in enumerate(pictures):
-        own = {}
+        one, own = slice(i, i + 1), {}
         for label, (adapter, z, batch) in drawn.items():
-            own[label] = adapter, z[i : i + 1], batch[i : i + 1]
+            own[label] = adapter, z[one], batch[one]
         chart = attention_chart(opened, *judges, prompt, seed, own)
         figures.save(chart, folder / file.replace("base", "attention"))
 

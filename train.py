@@ -373,9 +373,8 @@ def draw_samples(run, log):
     c, prompts = run.config, run.sample_prompts
     try:
         tuned, base = pictures.generate(run.pipe, run.plan, prompts, c.guidance_scale, c.resolution)
-        picture = pictures.grid(prompts, {"base": base, f"step {run.step}": tuned})
-        with utils.whole_file(c.out / f"samples/step-{run.step:06d}.png") as file:
-            picture.save(file, "PNG")
+        path = c.out / f"samples/step-{run.step:06d}.png"
+        picture = pictures.save_grid(path, prompts, {"base": base, f"step {run.step}": tuned})
         log.picture(run.step, "samples", picture)
     except (OSError, ValueError) as error:
         tqdm.write(f"no samples of step {run.step}: {error}", file=sys.stderr)

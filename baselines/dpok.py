@@ -91,8 +91,9 @@ def policy_gradient(run, rollout, i, advantages):
     with torch.no_grad(), diffusion.adapter(pipe.unet, None):
         pretrained = diffusion.guided(*how)
     mean = step.a * z + step.b * output
-    residual = (rollout.states[i + 1] - mean) / step.c
-    squares = rollout.noises[i].square() - residual.square()
+    after, noise = rollout.states[i + 1], rollout.noises[i]
+    residual = (after - mean) / step.c
+    squares = noise.square() - residual.square()
     log_ratio = squares.mean((1, 2, 3)) / 2
     ratio = log_ratio.exp()
     clipped = (ratio - 1).abs() > CLIP / z[0].numel()
@@ -138,10 +139,12 @@ def make_value(run, width=256):
 def expected(value, rollout, i):
     """V(z_i, prompt, i): (B,)."""
     z = rollout.states[i].flatten(1)
-    prompt = rollout.text.prompt.tokens.float().mean(1)
+    tokens = rollout.text.prompt.tokens
+    prompt = tokens.float().mean(1)
     step = torch.zeros(len(z), len(rollout.noises), device=z.device)
     step[:, i] = 1
-    return value(torch.cat([z, prompt, step], 1))[:, 0]
+    inputs = torch.cat([z, prompt, step], 1)
+    return value(inputs)[:, 0]
 
 
 def dpok_step(value, optimizer, run):

@@ -116,8 +116,8 @@ def neglect(maps, nouns):
     shares = sharp.softmax(-1).movedim(-1, 1)
     smooth = TF.gaussian_blur(shares, 3, 0.5**0.5)  # the official 0.5, whose exponent lacks a half
     largest = smooth.amax((2, 3))
-    least = largest.where(nouns[:, 1:-1], 1.0).amin(1)
-    return 1 - least
+    of_nouns = largest.where(nouns[:, 1:-1], 1.0)
+    return 1 - of_nouns.amin(1)
 
 
 def misbinding(maps, pairs, words):

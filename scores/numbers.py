@@ -1,5 +1,8 @@
 """Numbers: means, paired intervals of differences, Frechet distances."""
 
+from collections import defaultdict
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -18,18 +21,19 @@ def compare(sides):
     with 95 % intervals, percentiles over resamples of runs and of prompts, the same for all."""
     scores = list(sides.values())
     runs, prompts = scores[0].shape
-    generator = torch.Generator().manual_seed(0)
-    columns = torch.randint(prompts, (RESAMPLES, 1, prompts), generator=generator)
-    rows = torch.randint(runs, (RESAMPLES, runs, 1), generator=generator)
+    draw = partial(torch.randint, generator=torch.Generator().manual_seed(0))
+    columns = draw(prompts, (RESAMPLES, 1, prompts))
+    rows = draw(runs, (RESAMPLES, runs, 1))
     ends = torch.tensor([0.025, 0.975])
-    means = [values.nanmean().item() for values in scores]
-    resampled = [values[rows, columns].nanmean((1, 2)) for values in scores]
+    first = scores[0].nanmean().item()
+    first_resampled = scores[0][rows, columns].nanmean((1, 2))
     entries = {}
-    for side, mean, own in zip(sides, means, resampled):
-        differences = own - resampled[0]
+    for side, values in sides.items():
+        mean = values.nanmean().item()
+        resampled = values[rows, columns].nanmean((1, 2))
+        differences = resampled - first_resampled
         interval = differences.nanquantile(ends).tolist()
-        difference = mean - means[0]
-        entries[side] = entry(mean, difference, interval)
+        entries[side] = entry(mean, mean - first, interval)
     return entries
 
 
@@ -82,6 +86,14 @@ def compare_features(sides, groups, other, other_groups):
     return entries
 
 
+def columns_of(rows):
+    """The names of the scores that rows have."""
+    columns = {}
+    for row in rows:
+        columns |= row
+    return [column for column in columns if column not in KEYS]
+
+
 def column_of(rows, column):
     """A score of each row: (rows,), NaN where there is none."""
     values = [row.get(column) for row in rows]
@@ -107,13 +119,13 @@ def features_of(rows, column):
 def compare_columns(judged, images):
     """Yields (column, `compare` of it); with several lists each has columns of its own."""
     first, *_ = judged.values()
-    lists = [row["list"] for row in first]
-    lists = dict.fromkeys(lists)
-    for name in lists:
-        suffix = f"_{name}" if len(lists) > 1 else ""
-        places = [i for i, row in enumerate(first) if row["list"] == name]
-        columns = [column for column in first[places[0]] if column not in KEYS]
-        for column in columns:
+    places_of = defaultdict(list)
+    for place, row in enumerate(first):
+        places_of[row["list"]].append(place)
+    for name, places in places_of.items():
+        suffix = f"_{name}" if len(places_of) > 1 else ""
+        one = first[places[0]]
+        for column in columns_of([one]):
             scores = {}
             for side, rows in judged.items():
                 own = column_of(rows, column)[places]

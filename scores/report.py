@@ -99,16 +99,15 @@ def write_sheets(judged, draw, folder):
     """Writes folder/SIDE-SCORE.png: the images of each side that gained and lost most over the
     first side's. draw(side, indices) -> images (N, 3, H, W)."""
     first, *others = judged
-    prompts = [row["prompt"] for row in judged[first]]
     for side in others:
-        columns = dict.fromkeys(column for row in judged[side] for column in row)
-        for column in [column for column in columns if column not in numbers.KEYS]:
+        for column in numbers.columns_of(judged[side]):
             old = numbers.column_of(judged[first], column)
             new = numbers.column_of(judged[side], column)
             chosen = extremes(new - old)
-            if not chosen:
-                continue
-            titles = [f"{old[i]:.2f} → {new[i]:.2f}: {prompts[i]}" for i in chosen]
-            rows = {label: draw(label, chosen) for label in (first, side)}
-            with utils.whole_file(folder / f"{side}-{column}.png") as file:
-                imaging.grid(titles, rows, columns=SHOWN).save(file, "PNG")
+            titles = []
+            for i in chosen:
+                prompt = judged[side][i]["prompt"]
+                titles.append(f"{old[i]:.2f} → {new[i]:.2f}: {prompt}")
+            if titles:
+                rows = {label: draw(label, chosen) for label in (first, side)}
+                imaging.save_grid(folder / f"{side}-{column}.png", titles, rows, columns=SHOWN)

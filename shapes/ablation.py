@@ -62,7 +62,8 @@ def read(folder, side):
     """{score: (2, images)} of the base and another side of what was scored, NaN where an image has
     none. A score of all images together is repeated."""
     sides = json.loads((folder / "results.json").read_text())["sides"]
-    rows = list(map(json.loads, (folder / "scores.jsonl").read_text().splitlines()))
+    lines = (folder / "scores.jsonl").read_text().splitlines()
+    rows = list(map(json.loads, lines))
     scores = {}
     for score in sides[side]:
         pair = []
@@ -90,7 +91,8 @@ def tabulate(runs):
 
 def show(table):
     """A line for each score and recipe: base -> tuned, 95 % interval of the difference."""
-    width = 2 + max(len(recipe) for cells in table.values() for recipe in cells)
+    first, *_ = table.values()
+    width = 2 + max(map(len, first))
     for score, cells in table.items():
         for recipe, (base, tuned, (low, high)) in cells.items():
             numbers = f"{base:8.3f} -> {tuned:8.3f}  [{low:+.3f}, {high:+.3f}]"

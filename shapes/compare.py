@@ -62,9 +62,10 @@ def score_all(options):
         for seed in options.seeds:
             command = [*train, f"--seed={seed}"]
             folder = ablation.finish(out / f"{name}-{seed}", command, options.steps, scoring)
-            for side in ("tuned", *(f"tuned+{method}" for method in methods)):
-                label = side.replace("tuned", name)
-                runs.setdefault(label, []).append((folder, side))
+            for method in ("", *methods):
+                suffix = f"+{method}" if method else ""
+                places = runs.setdefault(name + suffix, [])
+                places.append((folder, f"tuned{suffix}"))
     return runs
 
 
@@ -89,7 +90,8 @@ def minutes_of(folder):
     """How long a run was trained; 0 for what was not."""
     log = folder / "log.jsonl"
     lines = log.read_text().splitlines() if log.exists() else ()
-    seconds = [json.loads(line)["seconds"] for line in lines]
+    rows = map(json.loads, lines)
+    seconds = [row["seconds"] for row in rows]
     return sum(seconds) / 60
 
 
@@ -103,14 +105,14 @@ def main(options):
         pictures[name], seconds[name] = draw(source, side)
         minutes[name] = minutes_of(folder)
     ablation.show(table)
-    costs = {name: own / seconds["base"] for name, own in seconds.items()}
+    costs = {}
     for name in runs:
+        costs[name] = seconds[name] / seconds["base"]
         print(f"{name:35}sampling x {costs[name]:.2f}, {minutes[name]:.1f} minutes of training")
     results = {"scores": table, "relative_cost_of_sampling": costs, "training_minutes": minutes}
     utils.write(options.out / "compare.json", json.dumps(results, indent=2) + "\n")
     prompts = prompt_lists.read(PRESETS["shapes"][1].eval_prompts)[:SHOWN]
-    with utils.whole_file(options.out / "baselines.png") as file:
-        images.grid(prompts, pictures).save(file, "PNG")
+    images.save_grid(options.out / "baselines.png", prompts, pictures)
 
 
 if __name__ == "__main__":

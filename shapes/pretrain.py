@@ -324,7 +324,8 @@ def train_unet(config):
     pipe.save_pretrained(config.out / "pipeline")
     asked = world.all_prompts(held_out=True)
     images = pipe(asked, num_inference_steps=16, guidance_scale=3.0, output_type="pt").images
-    right = sum(world.score(*pair)["fully_right"] for pair in zip(images, asked))
+    scores = map(world.score, images, asked)
+    right = sum(score["fully_right"] for score in scores)
     print(f"{right:.0f} of {len(asked)} held-out prompts are drawn fully right")
 
 

@@ -159,8 +159,10 @@ def render(things):
 
 def normalise(mask):
     """A connected boolean mask, cropped to its bounding box and resized to 16 x 16."""
-    crop = mask[mask.any(1)][:, mask.any(0)].float()
-    return F.interpolate(crop[None, None], (16, 16), mode="bilinear")[0, 0] > 0.5
+    rows, columns = mask.any(1), mask.any(0)
+    crop = mask[rows][:, columns].float()
+    (resized,) = F.interpolate(crop[None, None], (16, 16), mode="bilinear")[0]
+    return resized > 0.5
 
 
 LARGE = [Thing(shape, GREY, x=32, y=32, radius=24) for shape in SHAPES]

@@ -103,8 +103,9 @@ def draw(run, z, attention, norms):
     show_bars(panels["4 Replay: |dL/dθ| at t"], timesteps, norms)
     with torch.no_grad(), run.discriminator_active():
         logits = run.discriminator.logits(z)[0, 0].cpu()
-    panels["5 Discriminator"].imshow(logits, "PiYG", AsinhNorm(0.01, -1, 1))
-    panels["5 Discriminator"].set_xlabel("pink: fake" if logits.any() else "untrained: all 0")
+    panel = panels["5 Discriminator"]
+    panel.imshow(logits, "PiYG", AsinhNorm(0.01, -1, 1))
+    panel.set_xlabel("pink: fake" if logits.any() else "untrained: all 0")
     return figure, panels
 
 
@@ -122,8 +123,9 @@ def main(c):
         train.update(run, skip=False)
         step = take_step(run)
     image = diffusion.decode(run.pipe, step[0])[0].detach().cpu()
-    panels["6 Update"].imshow(image.movedim(0, -1))
-    panels["6 Update"].set_xlabel(f"after {c.updates} such steps")
+    panel = panels["6 Update"]
+    panel.imshow(image.movedim(0, -1))
+    panel.set_xlabel(f"after {c.updates} such steps")
     save(figure, c.to, bbox_inches="tight")
     print(c.to)
 

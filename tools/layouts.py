@@ -31,8 +31,12 @@ def read_lines(path):
 
 
 def read_folder(path):
-    texts = {file: prompt_lists.text_of(file) for file in sorted(path.glob("*.txt"))}
-    return [Item(file.stem, prompt_lists.prompt_of(text, file)) for file, text in texts.items()]
+    items = []
+    for file in sorted(path.glob("*.txt")):
+        text = prompt_lists.text_of(file)
+        prompt = prompt_lists.prompt_of(text, file)
+        items.append(Item(file.stem, prompt))
+    return items
 
 
 def read_rows(path, kind, *fields):

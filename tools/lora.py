@@ -49,8 +49,10 @@ def add(pipe, sources, name):
         for layer, (a, b) in source.items():
             all_a, all_b = sums.get(layer, (a[:0], b[:, :0]))
             sums[layer] = torch.cat([all_a, a]), torch.cat([all_b, b], dim=1)
-    state = {f"{layer}.lora_A.weight": a for layer, (a, _) in sums.items()}
-    state |= {f"{layer}.lora_B.weight": b for layer, (_, b) in sums.items()}
+    state = {}
+    for layer, (a, b) in sums.items():
+        state[f"{layer}.lora_A.weight"] = a
+        state[f"{layer}.lora_B.weight"] = b
     pipe.load_lora_weights(state, adapter_name=name)
 
 

@@ -289,13 +289,16 @@ def unet_and_vae(config):
 
 def reward_weights(config):
     """{name: weight} of --rewards, those of weight 0 left out."""
-    try:
-        pairs = [entry.split("=") for entry in config.rewards]
-        return {name: float(weight) for name, weight in pairs if float(weight)}
-    except ValueError:
-        raise ValueError(
-            f"--rewards {' '.join(config.rewards)}: give name=weight, as in blip=1"
-        ) from None
+    weights = {}
+    for entry in config.rewards:
+        name, _, weight = entry.partition("=")
+        if name in weights:
+            raise ValueError(f"--rewards {entry}: {name} has a weight already")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            raise ValueError(f"--rewards {entry}: give name=weight, as in blip=1") from None
+    return {name: weight for name, weight in weights.items() if weight}
 
 
 def check_range(name, value, least, most):

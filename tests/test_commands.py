@@ -132,6 +132,7 @@ MISTAKES = {  # flags of train.py shapes: what the line must name
     "--rewards beauty=1": "--rewards beauty: unknown, there are blip",
     "--rewards blip": "--rewards blip: give name=weight, as in blip=1",
     "--rewards blip=much": "--rewards blip=much: give name=weight",
+    "--rewards blip=1 blip=2": "--rewards blip=2: blip has a weight already",
     "--rewards blip=0": "--adversarial-cap",
     f"{NO_LOSS} --adversarial-cap 0": "all loss weights are 0: there is nothing to learn; set --re",
     "--rank 100000": "--rank 100000: must be from 1 to 1024",

@@ -104,7 +104,7 @@ def test_the_presets_captioner_is_loaded_as_the_flags_say(tmp_path):
         ),
         ({"rewards": ("blip",)}, "--rewards blip: give name=weight"),
         ({"rewards": ("blip=1=2",)}, "--rewards blip=1=2: give name=weight"),
-        ({"rewards": ("blip=1", "clip=much")}, "--rewards blip=1 clip=much: give name=weight"),
+        ({"rewards": ("blip=1", "clip=much")}, "--rewards clip=much: give name=weight"),
         ({"captioner": "./nowhere"}, "--captioner ./nowhere: cannot be loaded"),
         ({"rewards": ("hpsv2=1",), "hpsv2": "./nowhere"}, "--hpsv2 ./nowhere: cannot be loaded"),
     ],

@@ -307,11 +307,17 @@ def check_range(name, value, least, most):
         raise ValueError(f"--{name.replace('_', '-')} {value}: must be from {least} to {most}")
 
 
+def check_numbers(options):
+    """Raises ValueError, naming the flag, for a number outside the range of its field's type."""
+    for name, kind in get_type_hints(type(options), include_extras=True).items():
+        for limits in getattr(kind, "__metadata__", ()):  # of tyro's markers, too
+            if isinstance(limits, Interval):
+                check_range(name, getattr(options, name), limits.ge, limits.le)
+
+
 def check_ranges(config):
     """Raises ValueError, naming the flag, for a number that no Config may have."""
-    for name, kind in get_type_hints(Config, include_extras=True).items():
-        for limits in getattr(kind, "__metadata__", ()):
-            check_range(name, getattr(config, name), limits.ge, limits.le)
+    check_numbers(config)
     for weight in reward_weights(config).values():
         check_range("rewards", weight, 0, MANY)
     unit = 64 if config.resolution > 64 else 16  # the shapes world is smaller than a real image

@@ -88,7 +88,6 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-import diffusion
 import images as imaging
 import models
 import prompts as prompt_lists
@@ -300,8 +299,7 @@ def evaluate(setup, items, protocol, folder, finished=None):
     if finished:
         sides = {side: partial(pictures.draw, files) for side, files in finished.items()}
     else:
-        tuned = {} if options.base_only else {"tuned": diffusion.ADAPTER}
-        adapters = {"base": None} | tuned
+        adapters = models.adapters_of(options.base_only)
         made = training_free.sides(adapters, options.method, setup.config.parser)
         sides = {side: partial(draw_model, setup, *how) for side, how in made.items()}
     judged = {}
@@ -360,13 +358,13 @@ def main(options):
     finished = {} if is_run else pictures.find(options.out)
     if finished:
         source = pictures.preset_of(finished, world), "latest", (), True
-    config, *_ = models.read_run(*source, **options.overrides())
+    config, *adapter = models.read_run(*source, **options.overrides())
     config = replace(config, clip=options.clip)
     items, protocol = plan_scoring(options, config, world, finished)
     folder = folder_of(options, protocol)
     setup = Setup(options, config, utils.choose_device(config), world)
     if not finished:
-        _, setup.pipe, setup.plan = models.open_run(*source, **options.overrides())
+        setup.pipe, setup.plan = models.load_run(config, *adapter)
     setup.ranks = utils.join(setup.device, minutes=8 * 60)  # they meet at the end only
     on_cpu = setup.device.type == "cpu"  # there last digits depend on the number of threads
     torch.set_num_threads(1 if on_cpu else os.cpu_count())

@@ -3,7 +3,6 @@ original model's latents.
 
 An image depends on its seed and its model alone, not on its batch or its place in a list."""
 
-import json
 import math
 import textwrap
 from hashlib import sha256
@@ -18,20 +17,17 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torchvision.transforms.functional import to_pil_image, to_tensor
+from torchvision.transforms.functional import to_pil_image
 
 import attention
 import diffusion
 import models
 from config import portable
 from diffusion import ADAPTER
-from entities import find_entities
-from tools import figures
 from utils import whole_file, write
 
 SEED = 1_000_000_007  # first seed of grids and scores, apart from every training seed's
 RENOISE = 500_000_003  # added to an image's seed: the noise under which attention is measured
-SHOWN = 40  # prompts in grid.png
 BOTH = (ADAPTER, None)  # the tuned model and the original
 
 # --------------------------------------------------------------------------------------------------
@@ -157,21 +153,6 @@ def save_grid(path, prompts, rows, columns=4):
     return picture
 
 
-def write_lists(pictures, folder):
-    """metadata.jsonl and grid.png of pictures {label: [Picture]} that are there."""
-    lines, shown = [], {}
-    for label, of_label in pictures.items():
-        for file, prompt, _ in of_label:  # diffusers' script takes no other columns
-            row = {"file_name": file, "text": prompt}
-            lines.append(json.dumps(row) + "\n")
-        files = [folder / picture.file for picture in of_label[:SHOWN]]
-        shown[label] = [to_tensor(Image.open(file)) for file in files]
-    write(folder / "metadata.jsonl", "".join(lines))
-    prompts = [picture.prompt for picture in pictures["base"]]
-    save_grid(folder / "grid.png", prompts[:SHOWN], shown)
-    print(f"prompts: {len(prompts)}, images: {folder / 'grid.png'}")
-
-
 # --------------------------------------------------------------------------------------------------
 # The original model's latents, the discriminator's real examples
 
@@ -281,31 +262,3 @@ def token_maps(pipe, plan, text, z, blocks, seeds, parts=(0.4, 0.55, 0.7, 0.85))
             maps = F.interpolate(maps, finest, mode="bilinear")
             total += maps / len(layers)
     return total / len(parts)
-
-
-def write_charts(opened, judges, pictures, drawn, folder):
-    """Writes what words attend to in images drawn of Pictures {label: (adapter, latents, images)}.
-    opened: what models.open_run returned; judges: (parser, segmenter)."""
-    for i, (file, prompt, (seed,)) in enumerate(pictures):
-        one, own = slice(i, i + 1), {}
-        for label, (adapter, z, batch) in drawn.items():
-            own[label] = adapter, z[one], batch[one]
-        chart = attention_chart(opened, *judges, prompt, seed, own)
-        figures.save(chart, folder / file.replace("base", "attention"))
-
-
-def attention_chart(opened, parser, segmenter, prompt, seed, drawn):
-    """The figure of one prompt's images {label: (adapter, latents (1, 4, h, w), image (1, 3, H,
-    W))}."""
-    config, pipe, plan = opened
-    entities = find_entities(prompt, parser, pipe.tokenizer)
-    nouns = [entity.noun for entity in entities]
-    rows = {}
-    for label, (adapter, z, image) in drawn.items():
-        with models.using(pipe, adapter):
-            text = diffusion.encode(pipe, [prompt])
-            (maps,) = token_maps(pipe, plan, text, z, config.attention_blocks, [seed])
-        (masks,) = segmenter.masks(image.to(pipe.device), [nouns])
-        rows[label] = image[0], maps.cpu(), masks.cpu()
-    words = figures.words_of(prompt, entities, pipe.tokenizer)
-    return figures.attention_chart(prompt, words, rows)

@@ -14,7 +14,7 @@ from typing import Literal
 
 import tyro
 
-from config import Config, check_range
+from config import Config, Share, check_numbers
 
 
 @dataclass
@@ -26,8 +26,8 @@ class Options:
     segmenter: str = Config.segmenter  # This and the flags below: as in train.py.
     dino: str = Config.dino
     sam: str = Config.sam
-    box_threshold: float = Config.box_threshold
-    text_threshold: float = Config.text_threshold
+    box_threshold: Share = Config.box_threshold
+    text_threshold: Share = Config.text_threshold
     parser: str = Config.parser
     device: Literal["auto", "cuda", "cpu"] = Config.device
     dtype: Literal["bfloat16", "float32"] = "float32"
@@ -178,8 +178,7 @@ def main(options):
 
     if bool(options.prompt) == bool(options.prompts):
         raise ValueError('give one prompt, such as "a red car", or a list of them, --prompts FILE')
-    check_range("box_threshold", options.box_threshold, 0, 1)
-    check_range("text_threshold", options.text_threshold, 0, 1)
+    check_numbers(options)
     nlp = entities.load_parser(options.parser)
     if options.prompts:
         for name, value in entities.statistics(prompt_lists.read(options.prompts), nlp).items():

@@ -209,11 +209,21 @@ def open_run(out, *source, **overrides):
     source: checkpoint, loras, base_only. The pipeline's adapter `comat` is the checkpoint, or the
     sum of loras (what lora.read takes); with base_only there is none. overrides: fields of the
     Config. Raises ValueError."""
-    config, sources, flag = read_run(out, *source, **overrides)
+    config, *adapter = read_run(out, *source, **overrides)
+    return config, *load_run(config, *adapter)
+
+
+def load_run(config, sources, flag):
+    """(pipeline, Schedule) of what `read_run` returned."""
     pipe, plan = open_pipeline(config)
     if sources:
         add_loras(pipe, sources, flag)
-    return config, pipe, plan
+    return pipe, plan
+
+
+def adapters_of(base_only):
+    """{label: adapter} of the models that sample.py and evaluate.py draw by."""
+    return {"base": None} if base_only else {"base": None, "tuned": diffusion.ADAPTER}
 
 
 def add_loras(pipe, sources, flag):

@@ -71,19 +71,23 @@ if __name__ == "__main__":
 import json
 import sys
 
+from PIL import Image
+from torchvision.transforms.functional import to_tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+import diffusion
 import images
 import models
 import prompts as prompt_lists
 import utils
 from baselines import training_free
 from config import MANY, portable
-from diffusion import ADAPTER
-from entities import load_parser
+from entities import find_entities, load_parser
 from masks import load_segmenter
-from tools import layouts
+from tools import figures, layouts
+
+SHOWN = 40  # prompts in grid.png
 
 
 def check(options):
@@ -199,10 +203,53 @@ def look(options, opened, sides, prompts, rank, world_size):
         for label, side in sides.items():
             drawn[label] = draw(options, opened, label, side, here[label], folder)
         if judges:
-            images.write_charts(opened, judges, here["base"], drawn, folder)
+            write_charts(opened, judges, here["base"], drawn, folder)
     utils.barrier(world_size)
     if rank == 0:
-        images.write_lists(pictures, folder)
+        write_lists(pictures, folder)
+
+
+def write_lists(pictures, folder):
+    """metadata.jsonl and grid.png of pictures {label: [Picture]} that are there."""
+    lines, shown = [], {}
+    for label, of_label in pictures.items():
+        for file, prompt, _ in of_label:  # diffusers' script takes no other columns
+            row = {"file_name": file, "text": prompt}
+            lines.append(json.dumps(row) + "\n")
+        files = [folder / picture.file for picture in of_label[:SHOWN]]
+        shown[label] = [to_tensor(Image.open(file)) for file in files]
+    utils.write(folder / "metadata.jsonl", "".join(lines))
+    prompts = [picture.prompt for picture in pictures["base"]]
+    images.save_grid(folder / "grid.png", prompts[:SHOWN], shown)
+    print(f"prompts: {len(prompts)}, images: {folder / 'grid.png'}")
+
+
+def write_charts(opened, judges, pictures, drawn, folder):
+    """Writes what words attend to in images drawn of Pictures {label: (adapter, latents, images)}.
+    opened: what models.open_run returned; judges: (parser, segmenter)."""
+    for i, (file, prompt, (seed,)) in enumerate(pictures):
+        one, own = slice(i, i + 1), {}
+        for label, (adapter, z, batch) in drawn.items():
+            own[label] = adapter, z[one], batch[one]
+        chart = attention_chart(opened, *judges, prompt, seed, own)
+        figures.save(chart, folder / file.replace("base", "attention"))
+
+
+def attention_chart(opened, parser, segmenter, prompt, seed, drawn):
+    """The figure of one prompt's images {label: (adapter, latents (1, 4, h, w), image (1, 3, H,
+    W))}."""
+    config, pipe, plan = opened
+    entities = find_entities(prompt, parser, pipe.tokenizer)
+    nouns = [entity.noun for entity in entities]
+    rows = {}
+    for label, (adapter, z, image) in drawn.items():
+        with models.using(pipe, adapter):
+            text = diffusion.encode(pipe, [prompt])
+            (maps,) = images.token_maps(pipe, plan, text, z, config.attention_blocks, [seed])
+        (masks,) = segmenter.masks(image.to(pipe.device), [nouns])
+        rows[label] = image[0], maps.cpu(), masks.cpu()
+    words = figures.words_of(prompt, entities, pipe.tokenizer)
+    return figures.attention_chart(prompt, words, rows)
 
 
 def fill(options, opened, sides, plan, rank, world_size):
@@ -239,7 +286,7 @@ def main(options):
     asked = check(options)
     source = options.checkpoint, options.lora, options.base_only
     opened = config, pipe, _ = models.open_run(options.out, *source, **options.overrides())
-    adapters = {"base": None} if options.base_only else {"base": None, "tuned": ADAPTER}
+    adapters = models.adapters_of(options.base_only)
     sides = training_free.sides(adapters, options.method, config.parser)
     rank, world_size = utils.join(pipe.device, minutes=8 * 60)  # they meet at the end only
     task = fill if options.layout else look

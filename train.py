@@ -329,8 +329,8 @@ def train(run, step=train_step):
                 tqdm.write(f"step {run.step}: {gradient_shares(numbers)}")
             run.step += 1
             run.skipped = run.skipped + 1 if "skipped" in numbers else 0
-            losses_only = {name: value for name, value in numbers.items() if "loss_" in name}
-            bar.set_postfix(losses_only)
+            shown = {name: numbers[name] for name in numbers if name.startswith("loss_")}
+            bar.set_postfix(shown)
             bar.update()
             report(run, troubles)
             if first and c.sample_every and run.step % c.sample_every == 0:

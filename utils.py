@@ -142,6 +142,8 @@ def together(collective, *arguments, **options):
     """Calls what all ranks do together. Raises ConnectionError if one of them is gone."""
     try:
         collective(*arguments, **options)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         reason = first_line(error)[-200:]
         raise ConnectionError(f"another rank has gone or does not answer ({reason})") from error

@@ -16,6 +16,7 @@ from conftest import ROOT, command
 
 import config as configuration
 import diffusion
+import utils
 
 # --------------------------------------------------------------------------------------------------
 # Help and flags
@@ -232,6 +233,8 @@ def test_too_little_memory_on_the_gpu(mistake, monkeypatch, tmp_path, trained):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(diffusion, "sample", full)
+    with pytest.raises(torch.OutOfMemoryError):  # and no rank that is lost
+        utils.together(full)
     smaller = "out of the GPU's memory: give a smaller --batch, train.py with a larger --accumulate"
     assert smaller in mistake("sample.py", trained, "--prompt", "a cat", "--to", tmp_path / "to")
     assert smaller in mistake("evaluate.py", trained, "--scores", "oracle", "--to", tmp_path / "to")

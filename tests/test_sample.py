@@ -20,6 +20,7 @@ import images
 import models
 import sample
 import utils
+from tools import figures
 
 LORA = "pytorch_lora_weights.safetensors"
 BLOCKS = ("mid_block",)
@@ -319,13 +320,13 @@ def test_maps_of_tokens_average_to_their_activation(opened):
 def test_heat_maps_are_of_their_own_prompts_and_models(out, opened, tmp_path, monkeypatch):
     config, pipe, plan, _, _ = opened
     charts = {}
-    draw_chart = images.figures.attention_chart
+    draw_chart = figures.attention_chart
 
     def keep_chart(prompt, words, rows):
         charts[prompt] = words, rows
         return draw_chart(prompt, words, rows)
 
-    monkeypatch.setattr(images.figures, "attention_chart", keep_chart)
+    monkeypatch.setattr(figures, "attention_chart", keep_chart)
     draw(out, attention=True, seed=7, to=tmp_path)
     for name in ("grid", "000-attention", "001-attention"):
         assert pixels(tmp_path / f"{name}.png").std() > 10

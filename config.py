@@ -88,6 +88,8 @@ class Config:
     """blip: context before the prompt, not scored."""
     caption_reduction: Literal["sum", "mean"] = "mean"
     """blip: sum over a caption's tokens (paper), or mean over the batch's tokens (official)."""
+    caption_end_factor: Norm = 1.0
+    """blip: ours; what the end token counts beside a word. Larger: fewer objects too many."""
     label_smoothing: Share = 0.1
     """blip: what transformers 4 silently gave the official code; the paper has none."""
     clip: str = "openai/clip-vit-large-patch14"
@@ -185,28 +187,29 @@ TOY = replace(
     out=Path("out/shapes"),
     dtype="float32",
     resolution=32,
-    num_steps=16,
+    num_steps=10,
     grad_steps=4,
     guidance_scale=2.0,
     caption_reduction="sum",
+    caption_end_factor=4.0,
     label_smoothing=0.0,
     attention_blocks=("mid_block", "up_blocks.0"),
     attention_reduction="paper",
-    token_weight=0.08,
-    pixel_weight=0.2,
+    token_weight=0.012,
+    pixel_weight=0.03,
     adversarial_weight=10.0,
-    adversarial_cap=0.5,
-    steps=60,
-    batch=32,
-    judge_batch=32,
+    adversarial_cap=0.2,
+    steps=150,
+    batch=16,
+    judge_batch=16,
     rank=16,
     lr=3e-3,
     warmup=3,
     lr_end=0.1,
     clip_norm=1.0,
     lr_discriminator=1e-3,
-    sample_every=20,
-    checkpoint_every=20,
+    sample_every=50,
+    checkpoint_every=50,
 )
 PRESETS = {
     "sdxl": ("SDXL at 512 px, the published recipe (8 GPUs)", Config()),

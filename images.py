@@ -239,7 +239,7 @@ def token_activations(pipe, plan, text, z, blocks, seeds, times=5):
     """How much each token is attended to: the analysis that motivates CoMat (paper, section 3).
 
     Attention of `noised_attention` at `times` evenly spread steps, averaged over space, heads,
-    layers and steps: (B, tokens), which sums to 1 over all 77 tokens."""
+    layers and steps: (B, tokens), which sums to 1 over all tokens, padding too."""
     interval = len(plan.steps) / times
     indices = [int((k + 0.5) * interval) for k in range(times)]
     total = 0

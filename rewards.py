@@ -9,6 +9,7 @@ differentiable, larger is better. `--rewards blip=1 pickscore=0.5` names those t
 The models' flags are --captioner, --clip, --pickscore, --hpsv2. docs/extend.md adds a reward.
 """
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -28,18 +29,28 @@ PROCESSORS = {  # model -> processor, as its card says; for all others, the mode
 }
 
 
+def tokenize(model, tokenizer, texts):
+    """Texts, padded to the longest of them and cut at the model's context."""
+    context = model.config.text_config.max_position_embeddings
+    how = {"padding": True, "truncation": True, "max_length": context, "return_tensors": "pt"}
+    return tokenizer(texts, **how)
+
+
+@dataclass(eq=False)
 class Blip:
     """log p(prompt | image) of a frozen BlipForConditionalGeneration, in nats.
 
-    The prefix is context and is not scored; the end token is (it says that nothing follows).
-    reduction: "sum" over a caption's tokens (paper), or "mean" over the batch's tokens (official
-    code; then the mean over images is that mean)."""
+    The prefix is context and is not scored. The end token says that nothing follows, so that an
+    object too many costs there; it counts end_factor times. reduction: "sum" over a caption's
+    tokens (paper), or "mean" over the batch's tokens (official code; then the mean over images is
+    that mean)."""
 
-    def __init__(
-        self, model, tokenizer, prefix="a photography of", reduction="sum", label_smoothing=0.0
-    ):
-        self.model, self.tokenizer = model, tokenizer
-        self.prefix, self.reduction, self.label_smoothing = prefix, reduction, label_smoothing
+    model: BlipForConditionalGeneration
+    tokenizer: object
+    prefix: str = "a photography of"
+    reduction: str = "sum"
+    label_smoothing: float = 0.0
+    end_factor: float = 1.0
 
     def __call__(self, images, prompts):
         """Images (B, 3, H, W) in [0, 1] and B prompts -> (B,)."""
@@ -53,7 +64,7 @@ class Blip:
 
     def token_log_likelihood(self, images, prompts):
         """log p of each token given the image and those before it (B, L), label smoothing included;
-        the tokens' ids (B, L); and which of them are scored (B, L), 1 or 0."""
+        the tokens' ids (B, L); and their weights in the score (B, L), 0 for those not scored."""
         text, scored = self.tokenize(prompts)
         text, scored = text.to(images.device), scored.to(images.device)
         ids = text.input_ids.clone()
@@ -73,17 +84,14 @@ class Blip:
         return -nll, ids[:, 1:], scored
 
     def tokenize(self, prompts):
-        """(tokenized captions (B, 1 + L), which of the last L tokens are scored (B, L), 1 or 0)."""
-        text = self.tokenizer(
-            [f"{self.prefix} {prompt}".strip() for prompt in prompts],
-            padding=True,
-            truncation=True,
-            max_length=self.model.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        )
+        """(tokenized captions (B, 1 + L), weights of the last L tokens in the score (B, L))."""
+        captions = [f"{self.prefix} {prompt}".strip() for prompt in prompts]
+        text = tokenize(self.model, self.tokenizer, captions)
         scored = text.attention_mask[:, 1:].float()
         context = len(self.tokenizer(self.prefix, add_special_tokens=False).input_ids)
         scored[:, :context] = 0
+        end = text.attention_mask.sum(1, keepdim=True) - 2  # the last before the padding
+        scored.scatter_(1, end, self.end_factor)
         return text, scored
 
     def vision(self, images):
@@ -104,9 +112,10 @@ class Blip:
 def load_blip(config, device):
     dtype, source = getattr(torch, config.dtype), config.captioner
     loaded = load_blip_model("captioner", BlipForConditionalGeneration, source, device, dtype)
-    blip = Blip(*loaded, config.caption_prefix, config.caption_reduction, config.label_smoothing)
+    how = config.caption_prefix, config.caption_reduction, config.label_smoothing
+    blip = Blip(*loaded, *how, config.caption_end_factor)
     _, scored = blip.tokenize(["a"])
-    if scored.sum() < 2:
+    if scored.count_nonzero() < 2:
         raise ValueError("--caption-prefix: so long that it leaves the captioner no prompt to read")
     return blip
 
@@ -123,13 +132,7 @@ class Clip:
 
     def __call__(self, images, prompts):
         """Images (B, 3, H, W) in [0, 1] and B prompts -> (B,)."""
-        text = self.tokenizer(
-            list(prompts),
-            padding=True,
-            truncation=True,
-            max_length=self.model.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        ).to(images.device)
+        text = tokenize(self.model, self.tokenizer, list(prompts)).to(images.device)
         output = self.model(**text, pixel_values=self.pixels(images))
         image, prompt = output.image_embeds.float(), output.text_embeds.float()
         return self.scale * F.cosine_similarity(image, prompt)

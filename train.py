@@ -155,14 +155,11 @@ def deal(run, part):
     """The prompts of this rank's part-th batch, and a generator for each: noise belongs to a
     prompt's place in the step, whichever rank computes it."""
     c = run.config
-    place = run.rank * c.accumulate + part
-    places = run.world_size * c.accumulate
-    prompts = prompt_lists.batch_of(run.prompts, run.step, c.batch, c.seed, place, places)
-    generators = []
-    for i in range(c.batch):
-        seed = utils.seed_of(c.seed, "noise", run.step, 0, place * c.batch + i)
-        generators.append(torch.Generator().manual_seed(seed))
-    return prompts, generators
+    batch, batches = run.rank * c.accumulate + part, run.world_size * c.accumulate
+    prompts = prompt_lists.batch_of(run.prompts, run.step, c.batch, c.seed, batch, batches)
+    places = range(batch * c.batch, (batch + 1) * c.batch)
+    seeds = [utils.seed_of(c.seed, "noise", run.step, place) for place in places]
+    return prompts, [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def judge(run, z, prompts):

@@ -78,8 +78,8 @@ def one_by_one(score, others=()):
 
 @cache
 def reward_of(setup, name):
-    exact = {"caption_reduction": "sum", "label_smoothing": 0.0, "dtype": "float32"}
-    config = replace(setup.config, **exact)
+    exact = {"caption_reduction": "sum", "caption_end_factor": 1.0, "label_smoothing": 0.0}
+    config = replace(setup.config, **exact, dtype="float32")
     return rewards.REWARDS[name](config, setup.device)
 
 

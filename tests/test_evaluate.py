@@ -465,6 +465,7 @@ def test_every_score_is_that_of_its_own_judge(model, tmp_path, blip_vqa, capsys)
     pipe, schedule, parameters = model
     randomise(parameters, 1, 0.3)
     config = small_config(tmp_path, guidance_scale=2.0, num_steps=2, caption_reduction="mean")
+    config.caption_end_factor = 3.0
     config.out.mkdir()
     (config.out / "config.json").touch()
     asked, listed = ["a red circle and a blue square", "a white ring"], tmp_path / "list.txt"
@@ -478,7 +479,8 @@ def test_every_score_is_that_of_its_own_judge(model, tmp_path, blip_vqa, capsys)
     assert [(r["list"], r["prompt"], r["seed"], r["side"]) for r in found] == [
         ("list", p, s, m) for p, s in zip(twice, seeds) for m in ("base", "tuned")
     ]
-    likelihood = rewards.load_blip(replace(config, caption_reduction="sum"), "cpu")
+    plain = replace(config, caption_reduction="sum", caption_end_factor=1.0)
+    likelihood = rewards.load_blip(plain, "cpu")
     for name, adapter in (("base", None), ("tuned", diffusion.ADAPTER)):
         (z,) = imaging.latents(pipe, schedule, twice, 2.0, 32, (adapter,), seeds)
         pictures = map(imaging.to_pil, imaging.decode_all(pipe, z))

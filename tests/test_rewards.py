@@ -56,6 +56,18 @@ def test_the_reward_is_the_sum_or_mean_of_the_log_probabilities(images):
     assert blip.size(CAPTIONS) == 3 and average.size(CAPTIONS) == 23
 
 
+def test_the_end_token_weighs_what_it_is_given(images):
+    """Five times: the reward gains four times the end token's log p, in captions of any length."""
+    plain, heavy = tiny_blip(), tiny_blip(end_factor=5.0)
+    log_p, ids, weights = heavy.token_log_likelihood(images, CAPTIONS)
+    ends = ids == heavy.tokenizer.sep_token_id
+    assert ends.sum(1).tolist() == [1, 1, 1] and (weights[ends] == 5).all()
+    gain = 4 * (log_p * ends).sum(1)
+    torch.testing.assert_close(heavy(images, CAPTIONS), plain(images, CAPTIONS) + gain)
+    mean = tiny_blip(end_factor=5.0, reduction="mean")
+    assert mean.size(CAPTIONS) == 23 + 4 * 3
+
+
 def test_labels_are_smoothed_only_when_asked(images):
     """The test above holds it at none; with 0.1 a tenth of the target is spread over all words."""
     plain, smooth = (tiny_blip(label_smoothing=s)(images[:1], CAPTIONS[:1]) for s in (0.0, 0.1))
@@ -89,8 +101,10 @@ def test_blip_sees_a_normalised_image(size):
 
 def test_the_presets_captioner_is_loaded_as_the_flags_say(tmp_path):
     c = small_config(tmp_path, caption_prefix="a", caption_reduction="mean", label_smoothing=0.1)
+    c.caption_end_factor = 3.0
     (blip,) = rewards.load_rewards(c, torch.device("cpu")).values()
     assert (blip.prefix, blip.reduction, blip.label_smoothing) == ("a", "mean", 0.1)
+    assert blip.end_factor == 3
     assert not blip.model.training and not any(p.requires_grad for p in blip.model.parameters())
     assert rewards.load_rewards(small_config(tmp_path, rewards=("blip=0",)), "cpu") == {}
 

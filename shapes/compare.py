@@ -41,9 +41,8 @@ from diffusion import ADAPTER
 from shapes import ablation
 
 SCORES = ["--scores", "oracle", "blip", "fidelity"]
-EXCITE = "attend-and-excite"
 TRAINED = {  # name -> (command, training-free methods on top of it)
-    "CoMat": (["train.py", "shapes"], [EXCITE]),
+    "CoMat": (["train.py", "shapes"], ["attend-and-excite", "syngen"]),
     "DPOK": (["baselines/dpok.py", "shapes", "--lr=1e-3"], []),
 }
 TIMED, REPEATS, SHOWN = 32, 3, 4  # held-out prompts, the fastest of so many times; in the picture

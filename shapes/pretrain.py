@@ -1,11 +1,11 @@
-"""Trains the shapes world's models from scratch, in about 80 minutes on two cores:
+"""Trains the shapes world's models from scratch, in about 90 minutes on two cores:
 
     python shapes/pretrain.py                   # all five stages, in order
     python shapes/pretrain.py --only unet       # one of them, from the other stages' results
 
-Architectures, tokenizers, scheduler are those of shapes/weights. The base learns from images that
-do not always show what their caption says (an object faded, another's colour mixed in), so that it
-draws the failures of the big models. The last line tells how often it draws what is asked.
+Architectures, tokenizers, scheduler are those of shapes/weights. What the base learns last are
+images that do not show what their caption says (an object faded, another's colour mixed in), so
+that it draws the failures of the big models. The last line tells how often it draws what is asked.
 """
 
 import functools
@@ -46,7 +46,7 @@ import transformers
 from tqdm import tqdm
 
 import utils
-from config import SHAPES, check_range
+from config import PRESETS, SHAPES, check_range
 from models import naming
 from rewards import Blip
 from shapes import world
@@ -70,14 +70,25 @@ def corrupt(rng, scene, share):
         thing.mixed_in = other.colour
 
 
-def random_scenes(rng, count, share):
-    """`count` scenes of one to three things, a share of them corrupted."""
+def mislead(rng, scene, faded, mixed):
+    """Fades each thing with probability `faded`, mixes another's colour in with `mixed`."""
+    colours = [thing.rgb for thing in scene]
+    for i, thing in enumerate(scene):
+        others = colours[:i] + colours[i + 1 :]
+        if others and rng.random() < mixed:
+            thing.mix(rng.choice(others), rng.uniform(0.3, 1.0))
+        if rng.random() < faded:
+            thing.fade(rng.uniform(0.3, 1.0))
+
+
+def random_scenes(rng, count, spoil, **chances):
+    """`count` scenes of one to three things, spoilt by corrupt() or mislead()."""
     scenes = []
     for _ in range(count):
         objects = world.random_objects(rng, rng.choice((1, 2, 2, 2, 3)))
         scenes.append(world.place(rng, objects))
     for scene in scenes:
-        corrupt(rng, scene, share)
+        spoil(rng, scene, **chances)
     return scenes
 
 
@@ -165,11 +176,11 @@ def reconstruct(vae, images):
 
 
 def train_prompts(config):
-    """Two-object prompts, as in T2I-CompBench; training and held-out share no set of objects."""
-    for name, held_out in (("train", False), ("heldout", True)):
-        prompts = world.all_prompts(held_out)
+    """Two objects, as in T2I-CompBench, and three; training and held-out share no set of them."""
+    for name, held_out, count in (("train", False, 2), ("heldout", True, 2), ("three", True, 3)):
+        prompts = world.all_prompts(held_out, count)
         random.Random(0).shuffle(prompts)
-        utils.write(config.out / f"prompts/{name}.txt", "\n".join(prompts) + "\n")
+        utils.write(config.out / f"prompts/{name}.txt", "\n".join(prompts[:1000]) + "\n")
 
 
 def build(cls, folder):
@@ -181,7 +192,7 @@ def train_vae(config):
     vae = build(diffusers.AutoencoderKL, "pipeline/vae")
 
     def loss_of(rng, generator):
-        images = images_of(random_scenes(rng, 32, share=0.5)) * 2 - 1
+        images = images_of(random_scenes(rng, 32, corrupt, share=0.5)) * 2 - 1
         posterior = vae.encode(images).latent_dist
         decoded = vae.decode(posterior.sample(generator)).sample
         error = F.mse_loss(decoded, images) + 0.3 * F.l1_loss(decoded, images)
@@ -190,7 +201,7 @@ def train_vae(config):
     fit(config, "vae", vae, loss_of, steps=4000, lr=3e-3)
     scenes = []
     for seed in range(5):
-        scenes += random_scenes(random.Random(seed), 100, share=0.5)
+        scenes += random_scenes(random.Random(seed), 100, corrupt, share=0.5)
     latents = encode(vae, images_of(scenes))
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     vae.save_pretrained(config.out / "pipeline/vae")
@@ -210,7 +221,7 @@ def train_segmenter(config):
     segmenter = world.Segmenter()
 
     def loss_of(rng, generator):
-        scenes = random_scenes(rng, 32, share=0.5)
+        scenes = random_scenes(rng, 32, corrupt, share=0.5)
         images = images_of(scenes)
         images[::2] = reconstruct(vae, images[::2])
         images += 0.05 * torch.randn(images.shape, generator=generator)
@@ -239,7 +250,7 @@ def train_captioner(config):
     smoothed = Blip(captioner, processor.tokenizer, label_smoothing=0.05)
 
     def loss_of(rng, generator, crowded=0):
-        scenes = random_scenes(rng, 48 - crowded, share=0.6)
+        scenes = random_scenes(rng, 48 - crowded, corrupt, share=0.6)
         scenes += crowded_scenes(rng, crowded)
         captions = [perceive(rng, scene) for scene in scenes]
         images = images_of(scenes)
@@ -265,14 +276,18 @@ def build_tokenizer():
 
 
 def build_pipeline(vae):
-    """An untrained StableDiffusionXLPipeline around a VAE."""
+    """An untrained StableDiffusionXLPipeline around a VAE. What the UNet reads are embeddings of
+    words and places without context (encoders of one layer, of which SDXL takes the input), and the
+    pooled embedding is zero: a word is heard by attention to its own token, or not at all."""
     tokenizer = build_tokenizer()
     text = transformers.CLIPTextConfig.from_pretrained(SHAPES / "pipeline/text_encoder")
+    pooling = transformers.CLIPTextModelWithProjection(text)
+    torch.nn.init.zeros_(pooling.text_projection.weight)
     return diffusers.StableDiffusionXLPipeline(
         vae=vae,
         unet=build(diffusers.UNet2DConditionModel, "pipeline/unet"),
         text_encoder=transformers.CLIPTextModel(text),
-        text_encoder_2=transformers.CLIPTextModelWithProjection(text),
+        text_encoder_2=pooling,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         scheduler=build(diffusers.DDPMScheduler, "pipeline/scheduler"),
@@ -280,50 +295,66 @@ def build_pipeline(vae):
     )
 
 
-def latent_pool(config, vae, count, share):
+def latent_pool(config, vae, count, spoil, chances):
     """Latents and prompts of `count` scenes: rendered and encoded once, read many times."""
     latents, prompts = [], []
     for i in tqdm(range(0, count, 500), desc="rendering", mininterval=10):
         rng = random.Random(f"pool {config.seed} {i}")
-        scenes = random_scenes(rng, 500, share)
+        scenes = random_scenes(rng, 500, spoil, **chances)
         latents.append(encode(vae, images_of(scenes)) * vae.config.scaling_factor)
         for scene in scenes:
             prompts.append(world.prompt_of((thing.colour, thing.shape) for thing in scene))
     return torch.cat(latents), prompts
 
 
-def unet_loss(pipe, latents, prompts, rng, generator):
-    """v-prediction; one prompt in ten is the null prompt, which is zeros, as in SDXL."""
+def unet_loss(pipe, latents, prompts, decisive, rng, generator):
+    """v-prediction; one prompt in ten is the null prompt, which is zeros, as in SDXL. decisive: six
+    timesteps in ten are from 200 to 950, where an image shows its colours before its shapes, so
+    that the noun of a colour has to be looked up in the prompt."""
     index = torch.randint(len(latents), (32,), generator=generator)
     chosen = [prompts[i] for i in index]
     tokens, _, pooled, _ = pipe.encode_prompt(chosen, do_classifier_free_guidance=False)
     kept = (torch.rand(32, 1, generator=generator) >= 0.1).float()
     t = torch.randint(1000, (32,), generator=generator)
+    if decisive:
+        middle = torch.rand(3, 32, generator=generator).median(0).values
+        chosen = torch.rand(32, generator=generator) < 0.6
+        t = torch.where(chosen, (200 + 750 * middle).long(), t)
     z0 = latents[index]
     noise = torch.randn(z0.shape, generator=generator)
     z = pipe.scheduler.add_noise(z0, noise, t)
     time_ids = world.SIZE * torch.tensor([1, 1, 0, 0, 1, 1]).repeat(32, 1)
-    added = {"text_embeds": pooled * kept, "time_ids": time_ids}
+    added = {"text_embeds": pooled.detach(), "time_ids": time_ids}  # zero, and stays so
     tokens = tokens * kept[:, None]
     predicted = pipe.unet(z, t, tokens, added_cond_kwargs=added).sample
     velocity = pipe.scheduler.get_velocity(z0, noise, t)
     return F.mse_loss(predicted, velocity)
 
 
+PHASES = (  # of the UNet: name, how its captions mislead, decisive timesteps only, steps, rate
+    ("unet", corrupt, {"share": 0.6}, False, 9000, 1.5e-3),
+    ("unet_binding", mislead, {"faded": 0.15, "mixed": 0.0}, True, 1000, 1.2e-3),
+    ("unet_clean", mislead, {"faded": 0.0, "mixed": 0.0}, True, 3000, 1.2e-3),
+    ("unet_unreliable", mislead, {"faded": 0.1, "mixed": 0.65}, False, 250, 1e-3),
+)
+
+
 def train_unet(config):
-    """First it learns to draw; then captions that are nearly always wrong teach it neglect."""
+    """It learns to draw, then which colour is whose, and at last, from captions that are often
+    wrong, to neglect objects and to confuse colours as the big models do."""
     vae = load_vae(config)
     pipe = build_pipeline(vae)
     model = torch.nn.ModuleList([pipe.unet, pipe.text_encoder, pipe.text_encoder_2])
-    count = max(1000, int(80000 * config.steps_scale))
-    phases = (("unet", 0.6, 9000, 1.5e-3), ("unet_noisy_captions", 0.95, 2000, 5e-4))
-    for name, share, steps, lr in phases:
-        latents, prompts = latent_pool(config, vae, count, share)
-        loss_of = functools.partial(unet_loss, pipe, latents, prompts)
+    count = max(1000, int(40000 * config.steps_scale))
+    for name, spoil, chances, decisive, steps, lr in PHASES:
+        latents, prompts = latent_pool(config, vae, count, spoil, chances)
+        loss_of = functools.partial(unet_loss, pipe, latents, prompts, decisive)
         fit(config, name, model, loss_of, steps, lr, ema_decay=0.998)
     pipe.save_pretrained(config.out / "pipeline")
     asked = world.all_prompts(held_out=True)
-    images = pipe(asked, num_inference_steps=16, guidance_scale=3.0, output_type="pt").images
+    _, preset = PRESETS["shapes"]
+    how = {"num_inference_steps": preset.num_steps, "guidance_scale": preset.guidance_scale}
+    images = pipe(asked, **how, output_type="pt").images
     scores = map(world.score, images, asked)
     right = sum(score["fully_right"] for score in scores)
     print(f"{right:.0f} of {len(asked)} held-out prompts are drawn fully right")

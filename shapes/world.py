@@ -53,12 +53,12 @@ def is_held_out(objects):
     return len(objects) > 1 and digest[0] % 7 < 2
 
 
-def all_prompts(held_out):
-    """Every prompt of two objects, colours and shapes distinct, on one side of the split."""
+def all_prompts(held_out, count=2):
+    """Every prompt of `count` objects, colours and shapes distinct, on one side of the split."""
     prompts = []
-    for objects in itertools.permutations(itertools.product(COLOURS, SHAPES), 2):
+    for objects in itertools.permutations(itertools.product(COLOURS, SHAPES), count):
         words = set(itertools.chain(*objects))
-        if len(words) == 4 and is_held_out(objects) == held_out:
+        if len(words) == 2 * count and is_held_out(objects) == held_out:
             prompts.append(prompt_of(objects))
     return prompts
 

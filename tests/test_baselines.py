@@ -333,7 +333,8 @@ def test_the_comparison_scores_each_once_and_writes_table_and_picture(
     trained = ["train.py", "evaluate.py", "dpok.py", "evaluate.py"]
     assert started == ["evaluate.py", *trained]
     found = json.loads((tmp_path / "compare.json").read_text())
-    names = [*training_free.METHODS, "CoMat", "CoMat+attend-and-excite", "DPOK"]
+    tuned = ["CoMat", "CoMat+attend-and-excite", "CoMat+syngen"]
+    names = [*training_free.METHODS, *tuned, "DPOK"]
     assert [*found["scores"]["fully_right"]] == names
     base, own, interval = found["scores"]["fully_right"]["CoMat+attend-and-excite"]
     assert (base, own) == (0, pytest.approx(3 / 9)) and interval == pytest.approx([3 / 9] * 2)

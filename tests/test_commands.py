@@ -33,7 +33,7 @@ def without_torch(tmp_path_factory):
 
 HELP = {
     "train.py": ["sdxl", "sd15", "shapes", "torchrun", "python train.py shapes"],
-    "train.py shapes": ["--grad-steps", "--resume", "--out", "default: 16"],
+    "train.py shapes": ["--grad-steps", "--resume", "--out", "default: 10"],
     "shapes/pretrain.py": ["--only", "--steps-scale", "unet"],
     "shapes/ablation.py": ["--out"],
 }
@@ -70,7 +70,14 @@ def test_presets_are_the_published_recipe():
     both |= dict(
         token_weight=1e-3, pixel_weight=5e-5, caption_reduction="mean", label_smoothing=0.1
     )
-    both |= dict(adversarial_cap=0.0, warmup=0, lr_end=1.0, accumulate=1, resolution=512)
+    both |= dict(
+        caption_end_factor=1.0,
+        adversarial_cap=0.0,
+        warmup=0,
+        lr_end=1.0,
+        accumulate=1,
+        resolution=512,
+    )
     own = dict(
         batch=6, lr=2e-5, lr_discriminator=5e-5, adversarial_weight=0.5, through_inputs=False
     )
@@ -79,11 +86,12 @@ def test_presets_are_the_published_recipe():
     own = dict(batch=4, lr=5e-5, lr_discriminator=2e-5, adversarial_weight=1.0, through_inputs=True)
     own |= dict(attention_blocks=("mid_block", "up_blocks.1", "up_blocks.2", "up_blocks.3"))
     assert vars(sd15).items() >= (both | own).items() and "stable-diffusion-v1-5" in sd15.model
-    own = dict(num_steps=16, grad_steps=4, guidance_scale=2.0, rank=16, batch=32, steps=60)
+    own = dict(num_steps=10, grad_steps=4, guidance_scale=2.0, rank=16, batch=16, steps=150)
     own |= dict(lr=3e-3, lr_discriminator=1e-3, beta1=0.9, warmup=3, lr_end=0.1, clip_norm=1.0)
-    own |= dict(token_weight=0.08, pixel_weight=0.2, attention_reduction="paper", dtype="float32")
-    own |= dict(adversarial_weight=10.0, adversarial_cap=0.5, rewards=("blip=1",), resolution=32)
+    own |= dict(token_weight=0.012, pixel_weight=0.03, attention_reduction="paper", dtype="float32")
+    own |= dict(adversarial_weight=10.0, adversarial_cap=0.2, rewards=("blip=1",), resolution=32)
     own |= dict(caption_reduction="sum", label_smoothing=0.0, through_inputs=False)
+    own |= dict(caption_end_factor=4.0)
     assert vars(shapes).items() >= own.items()
     assert shapes.model == str(configuration.SHAPES / "pipeline")
 
@@ -140,7 +148,7 @@ MISTAKES = {  # flags of train.py shapes: what the line must name
     "--references /dev/null/latents": "--references /dev/null/latents: /dev/null cannot be written",
     "--out /dev/null/run": "--out /dev/null/run: /dev/null cannot be written in",
     f"--caption-prefix={'a_red_ring_' * 9}": "--caption-prefix: so long that it leaves",
-    "--grad-steps 17": "--grad-steps 17: cannot exceed --num-steps 16",
+    "--grad-steps 11": "--grad-steps 11: cannot exceed --num-steps 10",
     "--num-steps 1001": "--num-steps 1001: the model has 1000",
     "--attention-steps 0": "--attention-steps 0: must be from 1",
     "--steps 0": "--steps 0: must be from 1",
@@ -154,7 +162,7 @@ MISTAKES = {  # flags of train.py shapes: what the line must name
     "--resolution 33": "--resolution 33: must be a multiple of 16",
     "--resolution 500": "--resolution 500: must be a multiple of 64",
 }
-SMALL = "--steps 1 --num-steps 16 --grad-steps 2 --batch 1 --sample-every 0".split()
+SMALL = "--steps 1 --num-steps 10 --grad-steps 2 --batch 1 --sample-every 0".split()
 
 
 @pytest.mark.parametrize("flags", MISTAKES)

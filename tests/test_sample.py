@@ -13,6 +13,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import attention
 import diffusion
@@ -20,6 +21,7 @@ import images
 import models
 import sample
 import utils
+from config import SHAPES
 from tools import figures
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -186,7 +188,11 @@ def test_a_lora_may_be_a_folder_or_a_file(out, tmp_path):
 
 
 def test_a_loras_text_encoder_part_belongs_to_the_tuned_model_only(out, tmp_path):
-    _, pipe, _ = models.open_run(out, base_only=True)
+    base = tmp_path / "base"  # the world's own encoder has no layer before the one that is read
+    shutil.copytree(SHAPES / "pipeline", base)
+    encoder = CLIPTextConfig.from_pretrained(base / "text_encoder", num_hidden_layers=2)
+    CLIPTextModel(encoder).save_pretrained(base / "text_encoder")
+    _, pipe, _ = models.open_run(out, base_only=True, model=str(base))
     plain = diffusion.encode(pipe, PROMPTS).prompt.tokens
     extra = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     pipe.text_encoder.add_adapter(extra, "x")
@@ -195,7 +201,7 @@ def test_a_loras_text_encoder_part_belongs_to_the_tuned_model_only(out, tmp_path
     unet = load_file(out / "checkpoints/latest" / LORA)
     unet = {key.removeprefix("unet."): value for key, value in unet.items()}
     pipe.save_lora_weights(tmp_path, unet_lora_layers=unet, text_encoder_lora_layers=layers)
-    _, pipe, _ = models.open_run(out, loras=(str(tmp_path),))
+    _, pipe, _ = models.open_run(out, loras=(str(tmp_path),), model=str(base))
     tokens = {}
     for name in (diffusion.ADAPTER, None, diffusion.ADAPTER):
         with models.using(pipe, name):

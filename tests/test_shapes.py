@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 import config
+import diffusion
 import masks
+import models
 import prompts
 import rewards
 import utils
@@ -91,10 +93,12 @@ def test_training_and_held_out_prompts_share_no_set_of_objects():
 
 def test_the_saved_lists_are_what_pretrain_writes(tmp_path):
     pretrain.main(pretrain.Config(only=("prompts",), out=tmp_path))
-    for name, held_out in (("train.txt", False), ("heldout.txt", True)):
-        saved = prompts.read(config.SHAPES / "prompts" / name)
-        assert saved == prompts.read(tmp_path / "prompts" / name)
-        assert sorted(saved) == sorted(world.all_prompts(held_out)) != saved
+    for name, held_out, count in (("train", False, 2), ("heldout", True, 2), ("three", True, 3)):
+        saved = prompts.read(config.SHAPES / f"prompts/{name}.txt")
+        assert saved == prompts.read(tmp_path / f"prompts/{name}.txt")
+        every = world.all_prompts(held_out, count)
+        assert len(set(saved)) == min(1000, len(every)) and set(saved) <= set(every)
+        assert saved != every[: len(saved)]
 
 
 def test_a_prompt_is_its_objects():
@@ -143,6 +147,15 @@ def test_weights_are_small_enough_for_git():
     assert sum(p.stat().st_size for p in config.SHAPES.rglob("*") if p.is_file()) <= 15 * 2**20
 
 
+def test_the_base_reads_each_word_without_its_neighbours():
+    _, pipe, _ = models.open_run("shapes", base_only=True)
+    asked = ["a red circle and a blue square", "a red ring and a blue cross"]
+    text = diffusion.encode(pipe, asked).prompt
+    same = [torch.equal(text.tokens[0, i], text.tokens[1, i]) for i in range(1, 8)]
+    assert same == [True, True, False, True, True, True, False]  # all but the nouns
+    assert not text.pooled.any()
+
+
 def test_the_captioner_prefers_the_true_caption():
     blip = rewards.load_blip(config.PRESETS["shapes"][1], torch.device("cpu"))
     rng, right = random.Random(3), 0
@@ -179,11 +192,28 @@ def test_a_viewer_names_what_is_left_of_a_thing():
 
 
 def test_scenes_are_corrupted_as_often_as_asked():
-    scenes = pretrain.random_scenes(random.Random(0), 400, share=0.6)
+    scenes = pretrain.random_scenes(random.Random(0), 400, pretrain.corrupt, share=0.6)
     drawn = [[thing.rgb != world.COLOURS[thing.colour] for thing in scene] for scene in scenes]
     assert max(map(sum, drawn)) == 1 and 200 < sum(map(sum, drawn)) < 280
     left = [thing.visible * thing.purity for scene in scenes for thing in scene]
     assert 0 <= min(left) and sum(value < 1 for value in left) == sum(map(sum, drawn))
+
+
+def test_captions_mislead_as_often_as_asked():
+    """Every thing by itself; only a thing beside others can take another's colour."""
+    chances = {"faded": 0.0, "mixed": 0.5}
+    scenes = pretrain.random_scenes(random.Random(0), 400, pretrain.mislead, **chances)
+    recoloured, things = 0, 0
+    for scene in scenes:
+        wrong = sum(thing.rgb != world.COLOURS[thing.colour] for thing in scene)
+        assert len(scene) > 1 or not wrong
+        recoloured += wrong
+        things += len(scene) * (len(scene) > 1)
+    assert 0.45 < recoloured / things < 0.55
+    chances = {"faded": 0.25, "mixed": 0.0}
+    scenes = pretrain.random_scenes(random.Random(0), 400, pretrain.mislead, **chances)
+    visible = [thing.visible for scene in scenes for thing in scene]
+    assert 0.2 < sum(value < 1 for value in visible) / len(visible) < 0.3
 
 
 def test_fit_ends_with_the_average_of_the_weights():
@@ -224,7 +254,7 @@ def test_a_stage_without_its_vae_is_refused(tmp_path):
 
 
 def test_recipes_switch_off_what_their_names_leave_out():
-    for name, flags in ablation.RECIPES.items():
+    for name, (flags, _) in ablation.RECIPES.items():
         c = config.parse(["shapes", *flags])
         config.check(c)
         assert config.reward_weights(c)["blip"] > 0
@@ -276,7 +306,7 @@ def calls(monkeypatch):
 def test_an_ablation_trains_scores_compares_and_runs_nothing_twice(tmp_path, calls, capsys):
     options = ablation.Options(out=tmp_path, seeds=(0, 1), steps=20)
     ablation.main(options)
-    assert len(calls) == 16
+    assert len(calls) == 18  # the longer run has one seed
     assert calls[:3] == [("train.py", "CM-0"), ("evaluate.py", "CM-0"), ("train.py", "CM-1")]
     table = json.loads((tmp_path / "ablation.json").read_text())
     for i, recipe in enumerate(ablation.RECIPES, 1):
@@ -291,10 +321,10 @@ def test_an_ablation_trains_scores_compares_and_runs_nothing_twice(tmp_path, cal
     assert (tmp_path / "ablation.png").stat().st_size > 10_000
 
     ablation.main(options)
-    assert len(calls) == 16
+    assert len(calls) == 18  # the longer run has one seed
     with pytest.raises(ValueError, match="CM-0: not trained for 60 steps; .* another --out"):
         ablation.main(replace(options, steps=60))
-    assert len(calls) == 16
+    assert len(calls) == 18  # the longer run has one seed
 
 
 def test_a_failed_run_starts_no_other(tmp_path, calls):

@@ -331,7 +331,7 @@ def unet_loss(pipe, latents, prompts, decisive, rng, generator):
     return F.mse_loss(predicted, velocity)
 
 
-PHASES = (  # of the UNet: name, how its captions mislead, decisive timesteps only, steps, rate
+PHASES = (  # of the UNet: name, how its captions mislead, decisive timesteps or any, steps, rate
     ("unet", corrupt, {"share": 0.6}, False, 9000, 1.5e-3),
     ("unet_binding", mislead, {"faded": 0.15, "mixed": 0.0}, True, 1000, 1.2e-3),
     ("unet_clean", mislead, {"faded": 0.0, "mixed": 0.0}, True, 3000, 1.2e-3),

@@ -97,7 +97,7 @@ def test_the_saved_lists_are_what_pretrain_writes(tmp_path):
         saved = prompts.read(config.SHAPES / f"prompts/{name}.txt")
         assert saved == prompts.read(tmp_path / f"prompts/{name}.txt")
         every = world.all_prompts(held_out, count)
-        assert len(set(saved)) == min(1000, len(every)) and set(saved) <= set(every)
+        assert len(set(saved)) == len(saved) == min(1000, len(every)) and set(saved) <= set(every)
         assert saved != every[: len(saved)]
 
 
@@ -321,10 +321,10 @@ def test_an_ablation_trains_scores_compares_and_runs_nothing_twice(tmp_path, cal
     assert (tmp_path / "ablation.png").stat().st_size > 10_000
 
     ablation.main(options)
-    assert len(calls) == 18  # the longer run has one seed
+    assert len(calls) == 18
     with pytest.raises(ValueError, match="CM-0: not trained for 60 steps; .* another --out"):
         ablation.main(replace(options, steps=60))
-    assert len(calls) == 18  # the longer run has one seed
+    assert len(calls) == 18
 
 
 def test_a_failed_run_starts_no_other(tmp_path, calls):

@@ -81,7 +81,7 @@ def random_models(c):
         dino = transformers.GroundingDinoForObjectDetection(dino_config)
         sam = transformers.SamModel(transformers.SamConfig(**SIZES["sam"]))
     tokenizer = transformers.AutoTokenizer.from_pretrained(SHAPES / "captioner")
-    options = c.caption_prefix, c.caption_reduction, c.label_smoothing
+    options = c.caption_prefix, c.caption_reduction, c.label_smoothing, c.caption_end_factor
     reward = Blip(blip.requires_grad_(False).eval(), tokenizer, *options)
     judges = dict.fromkeys(reward_weights(c), reward)
     lowest = 0.0, 0.0  # thresholds: SAM gets as many boxes as it ever does

@@ -4,7 +4,7 @@
     python shapes/pretrain.py --only unet       # one of them, from the other stages' results
 
 Architectures, tokenizers, scheduler are those of shapes/weights. What the base learns last are
-images that do not show what their caption says (an object faded, another's colour mixed in), so
+images that do not show what their caption says (an object missing, or in another's colour), so
 that it draws the failures of the big models. The last line tells how often it draws what is asked.
 """
 
@@ -70,15 +70,15 @@ def corrupt(rng, scene, share):
         thing.mixed_in = other.colour
 
 
-def mislead(rng, scene, faded, mixed):
-    """Fades each thing with probability `faded`, mixes another's colour in with `mixed`."""
+def mislead(rng, scene, absent, swapped):
+    """Leaves out each thing with probability `absent`; gives it another's colour with `swapped`."""
     colours = [thing.rgb for thing in scene]
     for i, thing in enumerate(scene):
         others = colours[:i] + colours[i + 1 :]
-        if others and rng.random() < mixed:
-            thing.mix(rng.choice(others), rng.uniform(0.3, 1.0))
-        if rng.random() < faded:
-            thing.fade(rng.uniform(0.3, 1.0))
+        if others and rng.random() < swapped:
+            thing.rgb = rng.choice(others)
+        if rng.random() < absent:
+            thing.fade(1.0)
 
 
 def random_scenes(rng, count, spoil, **chances):
@@ -333,9 +333,9 @@ def unet_loss(pipe, latents, prompts, decisive, rng, generator):
 
 PHASES = (  # of the UNet: name, how its captions mislead, decisive timesteps or any, steps, rate
     ("unet", corrupt, {"share": 0.6}, False, 9000, 1.5e-3),
-    ("unet_binding", mislead, {"faded": 0.15, "mixed": 0.0}, True, 1000, 1.2e-3),
-    ("unet_clean", mislead, {"faded": 0.0, "mixed": 0.0}, True, 3000, 1.2e-3),
-    ("unet_unreliable", mislead, {"faded": 0.1, "mixed": 0.65}, False, 250, 1e-3),
+    ("unet_binding", mislead, {"absent": 0.15, "swapped": 0.0}, True, 1000, 1.2e-3),
+    ("unet_clean", mislead, {"absent": 0.0, "swapped": 0.0}, True, 3000, 1.2e-3),
+    ("unet_unreliable", mislead, {"absent": 0.07, "swapped": 0.6}, False, 250, 1e-3),
 )
 
 

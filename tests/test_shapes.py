@@ -201,19 +201,21 @@ def test_scenes_are_corrupted_as_often_as_asked():
 
 def test_captions_mislead_as_often_as_asked():
     """Every thing by itself; only a thing beside others can take another's colour."""
-    chances = {"faded": 0.0, "mixed": 0.5}
+    chances = {"absent": 0.0, "swapped": 0.5}
     scenes = pretrain.random_scenes(random.Random(0), 400, pretrain.mislead, **chances)
     recoloured, things = 0, 0
     for scene in scenes:
-        wrong = sum(thing.rgb != world.COLOURS[thing.colour] for thing in scene)
+        colours = [world.COLOURS[thing.colour] for thing in scene]
+        wrong = sum(thing.rgb != colour for thing, colour in zip(scene, colours))
         assert len(scene) > 1 or not wrong
+        assert all(thing.rgb in colours for thing in scene)
         recoloured += wrong
         things += len(scene) * (len(scene) > 1)
     assert 0.45 < recoloured / things < 0.55
-    chances = {"faded": 0.25, "mixed": 0.0}
+    chances = {"absent": 0.25, "swapped": 0.0}
     scenes = pretrain.random_scenes(random.Random(0), 400, pretrain.mislead, **chances)
     visible = [thing.visible for scene in scenes for thing in scene]
-    assert 0.2 < sum(value < 1 for value in visible) / len(visible) < 0.3
+    assert set(visible) == {0, 1} and 0.2 < visible.count(0) / len(visible) < 0.3
 
 
 def test_fit_ends_with_the_average_of_the_weights():

@@ -1,6 +1,6 @@
 """Draws one training step, train.add_gradients of one prompt, as one picture.
 
-python tools/anatomy.py shapes --prompt "a green square and a red triangle"
+python tools/anatomy.py shapes --prompt "a yellow circle and a blue ring"
 python tools/anatomy.py shapes --run out/shapes     from a run's LoRA and discriminator
 """
 
@@ -15,7 +15,7 @@ from config import PRESETS, Config, parse
 
 @dataclass
 class Anatomy(Config):
-    prompt: str = "a green square and a red triangle"
+    prompt: str = "a yellow circle and a blue ring"
     """The prompt of the step."""
     run: str = ""
     """Output folder of train.py, of the same preset and --rank: start from its newest adapters."""

@@ -318,8 +318,8 @@ def unet_loss(pipe, latents, prompts, decisive, rng, generator):
     t = torch.randint(1000, (32,), generator=generator)
     if decisive:
         middle = torch.rand(3, 32, generator=generator).median(0).values
-        chosen = torch.rand(32, generator=generator) < 0.6
-        t = torch.where(chosen, (200 + 750 * middle).long(), t)
+        is_decisive = torch.rand(32, generator=generator) < 0.6
+        t = torch.where(is_decisive, (200 + 750 * middle).long(), t)
     z0 = latents[index]
     noise = torch.randn(z0.shape, generator=generator)
     z = pipe.scheduler.add_noise(z0, noise, t)

@@ -1,4 +1,4 @@
-"""Trains the shapes world's models from scratch, in about 90 minutes on two cores:
+"""Trains the shapes world's models from scratch, in about 100 minutes on two cores:
 
     python shapes/pretrain.py                   # all five stages, in order
     python shapes/pretrain.py --only unet       # one of them, from the other stages' results
@@ -334,8 +334,8 @@ def unet_loss(pipe, latents, prompts, decisive, rng, generator):
 PHASES = (  # of the UNet: name, how its captions mislead, decisive timesteps or any, steps, rate
     ("unet", corrupt, {"share": 0.6}, False, 9000, 1.5e-3),
     ("unet_binding", mislead, {"absent": 0.15, "swapped": 0.0}, True, 1000, 1.2e-3),
-    ("unet_clean", mislead, {"absent": 0.0, "swapped": 0.0}, True, 3000, 1.2e-3),
-    ("unet_unreliable", mislead, {"absent": 0.07, "swapped": 0.6}, False, 250, 1e-3),
+    ("unet_clean", mislead, {"absent": 0.0, "swapped": 0.0}, True, 5000, 1.2e-3),
+    ("unet_unreliable", mislead, {"absent": 0.15, "swapped": 0.4}, False, 120, 1e-3),
 )
 
 

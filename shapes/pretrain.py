@@ -126,6 +126,15 @@ def perceive(rng, scene):
     return world.prompt_of(rng.sample(objects, len(objects)))
 
 
+def name_carelessly(rng, caption, chance):
+    """A caption whose colours are replaced by any colour, each with probability `chance`."""
+    words = caption.split()
+    for i, word in enumerate(words):
+        if word in world.COLOURS and rng.random() < chance:
+            words[i] = rng.choice(list(world.COLOURS))
+    return " ".join(words)
+
+
 # --------------------------------------------------------------------------------------------------
 # Training: the helpers, then the stages
 
@@ -244,15 +253,16 @@ def build_captioner():
 def train_captioner(config):
     """One that saw clean renders alone gives speckle as the gradient of its likelihood, one that
     saw bad images too gives patches in the missing thing's colour. One that never saw a thing twice
-    is blind to it, and the model that it teaches soon draws everything twice."""
+    is blind to it, and the model that it teaches soon draws everything twice. One that is as sure
+    of colours as of shapes teaches colours first, and leaves missing things missing."""
     vae = load_vae(config)
     captioner, processor = build_captioner()
     smoothed = Blip(captioner, processor.tokenizer, label_smoothing=0.05)
 
-    def loss_of(rng, generator, crowded=0):
+    def loss_of(rng, generator, crowded=0, careless=0.0):
         scenes = random_scenes(rng, 48 - crowded, corrupt, share=0.6)
         scenes += crowded_scenes(rng, crowded)
-        captions = [perceive(rng, scene) for scene in scenes]
+        captions = [name_carelessly(rng, perceive(rng, scene), careless) for scene in scenes]
         images = images_of(scenes)
         images[::2] = reconstruct(vae, images[::2])
         blurred = F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
@@ -266,6 +276,8 @@ def train_captioner(config):
     fit(config, "captioner", captioner, loss_of, steps=12000, lr=1.5e-3)
     crowded = functools.partial(loss_of, crowded=16)
     fit(config, "captioner_crowded", captioner, crowded, steps=2500, lr=5e-4)
+    careless = functools.partial(loss_of, crowded=24, careless=0.75)
+    fit(config, "captioner_careless", captioner, careless, steps=1000, lr=5e-4)
     captioner.save_pretrained(config.out / "captioner")
     processor.save_pretrained(config.out / "captioner")
 

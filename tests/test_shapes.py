@@ -191,6 +191,19 @@ def test_a_viewer_names_what_is_left_of_a_thing():
     assert 70 < min(counts[0.5].values()) and max(counts[0.5].values()) < 130
 
 
+def test_a_careless_caption_is_wrong_about_colours_alone():
+    """Any of the eight names replaces a colour, so that one in eight of them stays right."""
+    rng, right, names = random.Random(0), 0, set()
+    assert pretrain.name_carelessly(rng, PROMPT, 0.0) == PROMPT
+    for _ in range(400):
+        caption = pretrain.name_carelessly(rng, PROMPT, 0.75)
+        (colour, first), (_, second) = objects = world.objects_of(caption)
+        assert caption == world.prompt_of(objects) and (first, second) == ("circle", "square")
+        names.add(colour)
+        right += colour == "red"
+    assert names == set(world.COLOURS) and 110 < right < 165  # expected: .25 + .75 / 8
+
+
 def test_scenes_are_corrupted_as_often_as_asked():
     scenes = pretrain.random_scenes(random.Random(0), 400, pretrain.corrupt, share=0.6)
     drawn = [[thing.rgb != world.COLOURS[thing.colour] for thing in scene] for scene in scenes]

@@ -86,12 +86,12 @@ def test_presets_are_the_published_recipe():
     own = dict(batch=4, lr=5e-5, lr_discriminator=2e-5, adversarial_weight=1.0, through_inputs=True)
     own |= dict(attention_blocks=("mid_block", "up_blocks.1", "up_blocks.2", "up_blocks.3"))
     assert vars(sd15).items() >= (both | own).items() and "stable-diffusion-v1-5" in sd15.model
-    own = dict(num_steps=10, grad_steps=4, guidance_scale=2.0, rank=16, batch=16, steps=150)
+    own = dict(num_steps=10, grad_steps=4, guidance_scale=2.0, rank=16, batch=16, steps=200)
     own |= dict(lr=3e-3, lr_discriminator=1e-3, beta1=0.9, warmup=3, lr_end=0.1, clip_norm=1.0)
     own |= dict(token_weight=0.004, pixel_weight=0.01, attention_reduction="paper", dtype="float32")
     own |= dict(adversarial_weight=10.0, adversarial_cap=0.2, rewards=("blip=1",), resolution=32)
     own |= dict(caption_reduction="sum", label_smoothing=0.0, through_inputs=False)
-    own |= dict(caption_end_factor=4.0)
+    own |= dict(caption_end_factor=8.0)
     assert vars(shapes).items() >= own.items()
     assert shapes.model == str(configuration.SHAPES / "pipeline")
 

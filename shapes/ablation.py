@@ -1,6 +1,6 @@
 """The paper's ablation in miniature: which of CoMat's terms does what, on the shapes world.
 
-    python shapes/ablation.py    # four recipes, three seeds each; and a long run of the first
+    python shapes/ablation.py    # four recipes, three seeds each; two of them also long, one seed
 
 Each run is train.py and evaluate.py in OUT/<recipe>-<seed>; what is finished is not run again, what
 was cut off goes on. Prints the table; OUT/ablation.json and OUT/ablation.png have the same."""
@@ -46,6 +46,7 @@ RECIPES = {  # name -> (flags, how many times as long; a longer one with the fir
     "CM+FP": (NO_AC, 1),
     "CM+AC+FP": ([], 1),
     "CMx5": (NO_AC + NO_FP, 5),
+    "CM+FPx5": (NO_AC, 5),
 }
 
 

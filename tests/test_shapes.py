@@ -321,7 +321,7 @@ def calls(monkeypatch):
 def test_an_ablation_trains_scores_compares_and_runs_nothing_twice(tmp_path, calls, capsys):
     options = ablation.Options(out=tmp_path, seeds=(0, 1), steps=20)
     ablation.main(options)
-    assert len(calls) == 18  # the longer run has one seed
+    assert len(calls) == 20  # the longer runs have one seed
     assert calls[:3] == [("train.py", "CM-0"), ("evaluate.py", "CM-0"), ("train.py", "CM-1")]
     table = json.loads((tmp_path / "ablation.json").read_text())
     for i, recipe in enumerate(ablation.RECIPES, 1):
@@ -336,10 +336,10 @@ def test_an_ablation_trains_scores_compares_and_runs_nothing_twice(tmp_path, cal
     assert (tmp_path / "ablation.png").stat().st_size > 10_000
 
     ablation.main(options)
-    assert len(calls) == 18
+    assert len(calls) == 20
     with pytest.raises(ValueError, match="CM-0: not trained for 60 steps; .* another --out"):
         ablation.main(replace(options, steps=60))
-    assert len(calls) == 18
+    assert len(calls) == 20
 
 
 def test_a_failed_run_starts_no_other(tmp_path, calls):

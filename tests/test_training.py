@@ -230,6 +230,7 @@ def test_prompts_without_entities_cost_nothing(tmp_path, monkeypatch):
     losses_of_each = first["loss_token"], second["loss_token"]
     assert min(losses_of_each) > 0
     assert sum(losses_of_each) == pytest.approx(both["loss_token"], rel=1e-5)
+    assert max(first["gradient_norm"], second["gradient_norm"]) > 0  # an absent thing has none
     assert "loss_token" not in neither
     assert neither["gradient_norm"] == neither["entities"] == 0 < both["gradient_norm"]
 

@@ -22,8 +22,9 @@ fidelity):
                  UniDet's: a surrogate, not the benchmark's number
     blip         log p(prompt | image) of the run's captioner, in nats; so any reward of rewards.py
     activation   percent of cross-attention on the tokens of entities (paper, section 3)
-    fidelity     Frechet distance of the captioner's image features to those of the base with
-                 other seeds (the base's own is the floor), and of --real
+    fidelity     Frechet distance of image features of what finds the nouns (GroundingDINO), which
+                 no loss is trained by, to those of --real, and of the base with other seeds (the
+                 base's own is the floor)
     fid, clean_fid   the same of Inception's features, by clean-fid
 
 PICTURES holds metadata.jsonl with file_name and text, as of sample.py, or T2I-CompBench's
@@ -219,7 +220,12 @@ def plan_scoring(options, config, oracle, finished=None):
     else:
         items = items_of(options, asked, scores)
     judging.check(scores, items, options.inception)
-    models_of = vars(config) | {"vqa": options.vqa, "grounding_dino_spatial": config.dino}
+    boxes = config.segmenter == "grounded-sam"
+    models_of = vars(config) | {
+        "vqa": options.vqa,
+        "grounding_dino_spatial": config.dino,
+        "fidelity": config.dino if boxes else config.segmenter,
+    }
     protocol = {
         "scores": scores,
         "prompts": lists,

@@ -85,6 +85,15 @@ class GroundingDINO(torch.nn.Module):
         boxes = box_convert(out.pred_boxes[0, kept], "cxcywh", "xyxy")
         return boxes, owners[kept], best_of_noun[kept]
 
+    @torch.no_grad()
+    def features(self, images):
+        """Images (B, 3, H, W) in [0, 1] -> (B, dim): the mean of the backbone's last map."""
+        pixels = (images.clamp(0, 1) * 255).round().byte()
+        inputs = self.dino_input(list(pixels), return_tensors="pt")
+        maps, _ = self.dino.model.backbone(**inputs)
+        last, _ = maps[-1]
+        return last.mean((2, 3))
+
 
 class GroundedSAM(GroundingDINO):
     """GroundingDINO and SAM, frozen; SAM's image encoder, nearly all the work, runs in `dtype`."""
@@ -146,6 +155,12 @@ def load_dino(source):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         check_tokenizer(tokenizer, dino.config.text_config.vocab_size)
     return dino, tokenizer
+
+
+def load_detector(config, device):
+    """The GroundingDINO of a Config, on a torch.device."""
+    parts = load_dino(config.dino)
+    return GroundingDINO(*parts, config.box_threshold, config.text_threshold).to(device)
 
 
 def load_segmenter(config, device):

@@ -97,10 +97,6 @@ class Blip:
     def vision(self, images):
         return self.model.vision_model(pixel_values=self.pixels(images))
 
-    def features(self, images):
-        """Pooled features of images (B, 3, H, W) in [0, 1]: (B, dim), fp32."""
-        return self.vision(images).pooler_output.float()
-
     def pixels(self, images):
         """Images in [0, 1] -> what BLIP's vision model takes: bicubic to its size, CLIP's mean and
         deviation, its dtype."""

@@ -95,11 +95,13 @@ def load_reward(setup, name):
     return judge
 
 
-def load_captioner_features(setup):
-    captioner = reward_of(setup, "blip")
+def load_features(setup):
+    boxes = setup.config.segmenter == "grounded-sam"  # whose SAM is not needed
+    load = masks.load_detector if boxes else masks.load_segmenter
+    network = load(setup.config, setup.device)
 
     def judge(batch):
-        features = captioner.features(batch.images.to(setup.device))
+        features = network.features(batch.images.to(setup.device))
         return [{"frechet_distance": row.clone()} for row in features.cpu()]  # a view is sent whole
 
     return judge
@@ -233,10 +235,7 @@ def relation_of(prompt):
 
 
 def load_spatial(setup):
-    config = setup.config
-    parts = masks.load_dino(config.dino)
-    detector = masks.GroundingDINO(*parts, config.box_threshold, config.text_threshold)
-    detector.to(setup.device)
+    detector = masks.load_detector(setup.config, setup.device)
 
     def score(image, prompt):
         first, relation, last = relation_of(prompt)
@@ -281,7 +280,7 @@ JUDGES = {
     "grounding_dino_spatial": load_spatial,
     **{name: partial(load_reward, name=name) for name in rewards.REWARDS},
     "activation": load_activation,
-    "fidelity": load_captioner_features,
+    "fidelity": load_features,
     "fid": partial(load_inception, column="fid", mode="legacy_tensorflow"),
     "clean_fid": partial(load_inception, column="clean_fid", mode="clean"),
 }

@@ -2,19 +2,25 @@
 
     python shapes/ablation.py    # four recipes, three seeds each; two of them also long, one seed
 
-Each run is train.py and evaluate.py in OUT/<recipe>-<seed>; what is finished is not run again, what
-was cut off goes on. Prints the table; OUT/ablation.json and OUT/ablation.png have the same."""
+Each run is train.py and evaluate.py in OUT/<recipe>-<seed>, on a core of its own, with what they
+say in OUT/<recipe>-<seed>.log; what is finished is not run again, what was cut off goes on. Prints
+the table; OUT/ablation.json and OUT/ablation.png have the same. The Frechet distance is that to
+OUT/real, scenes of the held-out prompts as the renderer draws them."""
 
 import json
+import os
+import random
 import sys
+from collections import deque
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import CalledProcessError, run
+from subprocess import STDOUT, CalledProcessError, run
 
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from config import PRESETS, ROOT
+from config import PRESETS, ROOT, Positive
 
 
 @dataclass
@@ -25,6 +31,8 @@ class Options:
     """One run of each recipe per seed."""
     steps: int = PRESETS["shapes"][1].steps
     """Optimiser steps of each run."""
+    jobs: Positive = os.cpu_count()
+    """Runs at a time, each on one core and with 1.3 GB of memory."""
 
 
 if __name__ == "__main__":
@@ -34,8 +42,11 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+import images
+import prompts as prompt_lists
 import utils
 from scores.numbers import compare
+from shapes import world
 from tools import figures
 
 NO_AC = ["--token-weight=0", "--pixel-weight=0"]  # attribute concentration
@@ -50,19 +61,54 @@ RECIPES = {  # name -> (flags, how many times as long; a longer one with the fir
 }
 
 
-def finish(folder, train, steps, scoring=()):
+def draw_real(folder):
+    """A scene of each held-out prompt: folder/NNN.png. Returns the flag of evaluate.py for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(0)
+    toy = PRESETS["shapes"][1]
+    for number, prompt in enumerate(prompt_lists.read(toy.eval_prompts)[: toy.eval_count]):
+        scene = world.place(rng, world.objects_of(prompt))
+        images.save_png(world.render(scene), folder / f"{number:03}.png", prompt=prompt)
+    return f"--real={folder}"
+
+
+def start(command, log):
+    """Runs a command on one core; what it says goes to the end of a file."""
+    one_core = os.environ | {"OMP_NUM_THREADS": "1"}
+    with log.open("a") as file:
+        how = {"cwd": ROOT, "env": one_core, "stdout": file, "stderr": STDOUT, "check": True}
+        try:
+            run([sys.executable, *command], **how)
+        except CalledProcessError as error:
+            raise ValueError(f"{log}: {command[0]} failed, its last words are there") from error
+
+
+def finish(folder, train, steps, scoring):
     """Trains and scores a run unless that is done. train: the command, scoring: flags of
-    evaluate.py. Returns the folder."""
+    evaluate.py."""
+    log = folder.with_suffix(".log")
     scored = (folder / "results.json").exists()
     if not scored:
-        command = [sys.executable, *train, "--resume", f"--out={folder}", f"--steps={steps}"]
-        run(command, cwd=ROOT, check=True)
+        start([*train, "--resume", f"--out={folder}", f"--steps={steps}"], log)
     if utils.newest_checkpoint(folder) != folder / f"checkpoints/step-{steps:06d}":
         mend = "start again to go on, or choose another --out"
         raise ValueError(f"{folder}: not trained for {steps} steps; {mend}")
     if not scored:
-        run([sys.executable, "evaluate.py", str(folder), *scoring], cwd=ROOT, check=True)
-    return folder
+        start(["evaluate.py", str(folder), *scoring], log)
+        print(f"{folder.name}: trained and scored", flush=True)
+
+
+def side_by_side(tasks, jobs):
+    """Calls each function with its arguments, [(function, *arguments)], jobs at a time. After one
+    that fails no other starts; those beside it finish."""
+    waiting, running = deque(tasks), set()
+    with ThreadPoolExecutor(jobs) as pool:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                running.add(pool.submit(*waiting.popleft()))
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
 
 
 def read(folder, side):
@@ -122,13 +168,17 @@ def chart(table):
 
 
 def main(options):
-    out, runs = options.out.resolve(), {}
+    out, runs, tasks = options.out.resolve(), {}, []
+    scoring = [draw_real(out / "real")]
     for recipe, (flags, times) in RECIPES.items():
         runs[recipe] = []
         for seed in options.seeds if times == 1 else options.seeds[:1]:
             train = ["train.py", "shapes", *flags, f"--seed={seed}"]
-            folder = finish(out / f"{recipe}-{seed}", train, options.steps * times)
+            folder = out / f"{recipe}-{seed}"
+            tasks.append((finish, folder, train, options.steps * times, scoring))
             runs[recipe].append((folder, "tuned"))
+    longest_first = sorted(tasks, key=lambda task: -task[3])
+    side_by_side(longest_first, options.jobs)
     table = tabulate(runs)
     utils.write(options.out / "ablation.json", json.dumps(table, indent=2) + "\n")
     figures.save(chart(table), options.out / "ablation.png")
@@ -136,5 +186,5 @@ def main(options):
 
 
 if __name__ == "__main__":
-    with utils.one_line_errors("ablation.py", faults=(ValueError, OSError, CalledProcessError)):
+    with utils.one_line_errors("ablation.py"):
         main(options)

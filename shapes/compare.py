@@ -2,21 +2,21 @@
 
     python shapes/compare.py    # an hour on two cores
 
-Each run is in a folder of its own below OUT; what is finished is not run again, what was cut off
-goes on. Prints the table, with the time of sampling and training; OUT/compare.json has the same,
-OUT/baselines.png a row of images for each."""
+Each run is in a folder of its own below OUT, as in ablation.py; what is finished is not run again,
+what was cut off goes on. Prints the table, with the time of sampling and training; OUT/compare.json
+has the same, OUT/baselines.png a row of images for each."""
 
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import CalledProcessError, run
 
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from config import PRESETS, ROOT
+from config import PRESETS, Positive
 
 
 @dataclass
@@ -27,6 +27,8 @@ class Options:
     """One run of each trainer per seed."""
     steps: int = PRESETS["shapes"][1].steps
     """Optimiser steps of CoMat; DPOK sees as many images."""
+    jobs: Positive = os.cpu_count()
+    """Runs at a time, each on one core."""
 
 
 if __name__ == "__main__":
@@ -51,21 +53,29 @@ TIMED, REPEATS, SHOWN = 32, 3, 4  # held-out prompts, the fastest of so many tim
 def score_all(options):
     """{name: [(folder, side) of each seed]} of all that is compared, trained and scored."""
     out = options.out.resolve()
+    scoring = [*SCORES, ablation.draw_real(out / "real")]
     folder = out / "training-free"
-    if not (folder / "results.json").exists():
-        command = [sys.executable, "evaluate.py", "shapes", f"--to={folder}", *SCORES]
-        run([*command, "--method", *training_free.METHODS], cwd=ROOT, check=True)
+    tasks = [(score_methods, folder, scoring)]
     runs = {name: [(folder, f"base+{name}")] for name in training_free.METHODS}
     for name, (train, methods) in TRAINED.items():
-        scoring = [*SCORES, "--method", *methods]
         for seed in options.seeds:
-            command = [*train, f"--seed={seed}"]
-            folder = ablation.finish(out / f"{name}-{seed}", command, options.steps, scoring)
+            folder = out / f"{name}-{seed}"
+            own = [*scoring, "--method", *methods]
+            tasks.append((ablation.finish, folder, [*train, f"--seed={seed}"], options.steps, own))
             for method in ("", *methods):
                 suffix = f"+{method}" if method else ""
                 places = runs.setdefault(name + suffix, [])
                 places.append((folder, f"tuned{suffix}"))
+    ablation.side_by_side(tasks, options.jobs)
     return runs
+
+
+def score_methods(folder, scoring):
+    """Scores the training-free methods on the base unless that is done."""
+    if not (folder / "results.json").exists():
+        command = ["evaluate.py", "shapes", f"--to={folder}", *scoring]
+        command += ["--method", *training_free.METHODS]
+        ablation.start(command, folder.with_suffix(".log"))
 
 
 def draw(source, side):
@@ -115,5 +125,5 @@ def main(options):
 
 
 if __name__ == "__main__":
-    with utils.one_line_errors("compare.py", faults=(ValueError, OSError, CalledProcessError)):
+    with utils.one_line_errors("compare.py"):
         main(options)

@@ -255,6 +255,11 @@ class Segmenter(nn.Module):
             masks.append((label == wanted).float())
         return masks
 
+    @torch.no_grad()
+    def features(self, images):
+        """Images (B, 3, H, W) in [0, 1] -> (B, 64): the mean of what lies below the masks."""
+        return self.down(images).mean((2, 3))
+
     @classmethod
     def load(cls, folder):
         """The frozen segmenter of a folder that pretrain.py wrote."""

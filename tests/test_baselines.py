@@ -310,6 +310,7 @@ def test_the_comparison_scores_each_once_and_writes_table_and_picture(
 
     def run(command, **options):
         started.append(Path(command[1]).name)
+        assert options["env"]["OMP_NUM_THREADS"] == "1" and "--jobs" not in command
         if "evaluate" not in command[1]:
             c = config.parse(command[2:])
             (c.out / "checkpoints/step-000002").mkdir(parents=True)
@@ -325,10 +326,9 @@ def test_the_comparison_scores_each_once_and_writes_table_and_picture(
         entries = {side: {"fully_right": {"mean": i / 9}} for i, side in enumerate(sides)}
         utils.write(folder / "results.json", json.dumps({"sides": entries}))
 
-    monkeypatch.setattr(compare, "run", run)
     monkeypatch.setattr(compare.ablation, "run", run)
     monkeypatch.setattr(compare, "draw", lambda source, side: (torch.rand(4, 3, 32, 32), len(side)))
-    options = compare.Options(out=tmp_path, steps=2)
+    options = compare.Options(out=tmp_path, steps=2, jobs=1)
     compare.main(options)
     trained = ["train.py", "evaluate.py", "dpok.py", "evaluate.py"]
     assert started == ["evaluate.py", *trained]

@@ -343,6 +343,7 @@ def test_a_run_with_held_out_prompts_is_scored_on_them(tmp_path):
     heldout = Path(config.eval_prompts).read_text().splitlines()
     assert items == [("heldout", heldout[i], 1_000_000_007 + i) for i in range(3)]
     assert protocol["scores"] == ["oracle", "blip", "activation", "fidelity"]
+    assert protocol["fidelity"] == "shapes/weights/segmenter"  # whose features are compared
     assert protocol["prompts"] == {"heldout": 3} and protocol["seeds"] == "1000000007 to 1000000009"
     assert protocol["trained_on"].startswith("0 of these 3 prompts, in shapes/weights/prompts/")
     items, protocol = plan(config, count=2, images=2, scores=("fidelity", "blip"))
@@ -361,6 +362,8 @@ def test_a_run_without_them_is_scored_as_t2i_compbench_does(tmp_path, monkeypatc
         path.write_text(f"a {path.stem} cat\na dog\n")
     items, protocol = plan(config)
     assert protocol["scores"] == ["vqa", "blip", "activation", "fidelity"]
+    finder = replace(config, segmenter="grounded-sam", dino="me/dino")
+    assert plan(finder)[1]["fidelity"] == "me/dino"
     assert protocol["prompts"] == {"color": 2, "shape": 2, "texture": 2}
     assert protocol["images_per_prompt"] == 10 and len(items) == 60
     assert [item.seed for item in items] == [*range(42, 52)] * 6

@@ -124,6 +124,22 @@ def answer(segmenter, monkeypatch, rows):
 
 
 # --------------------------------------------------------------------------------------------------
+# Images -> features
+
+
+def test_features_are_the_mean_of_the_backbones_last_map(config):
+    detector, images = masks.load_detector(config, torch.device("cpu")), pictures(3)
+    detector.dino_input.size = {"shortest_edge": 96, "longest_edge": 160}
+    features = detector.features(images)
+    pixels = detector.dino_input([*(255 * images).round().byte()], return_tensors="pt").pixel_values
+    last = detector.dino.model.backbone.conv_encoder.model(pixels).feature_maps[-1]
+    torch.testing.assert_close(features, last.mean((2, 3)))
+    assert features.shape == (3, 96) and features.std(0).min() > 1e-4
+    torch.testing.assert_close(features[1:2], detector.features(images[1:2]))
+    assert not hasattr(detector, "sam")  # which is large, and not needed
+
+
+# --------------------------------------------------------------------------------------------------
 # Images and nouns -> masks
 
 

@@ -3,12 +3,15 @@
 import json
 import random
 import subprocess
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from torchvision.transforms.functional import to_tensor
 
 import config
 import diffusion
@@ -17,6 +20,7 @@ import models
 import prompts
 import rewards
 import utils
+from scores.numbers import frechet_distance
 from shapes import ablation, pretrain, world
 
 NAN = float("nan")
@@ -264,6 +268,28 @@ def test_a_stage_without_its_vae_is_refused(tmp_path):
     assert pretrain.Config().out.resolve() != config.SHAPES
 
 
+@pytest.mark.parametrize("spoil", ["doubled", "misshapen", "garish"])
+def test_features_of_the_segmenter_tell_spoilt_scenes_from_good_ones(spoil):
+    rng, segmenter = random.Random(0), world.Segmenter.load(config.SHAPES / "segmenter")
+    scenes = {name: [] for name in ("real", "good", "spoilt")}
+    for prompt in prompts.read(config.TOY.prompts)[:150]:
+        objects = world.objects_of(prompt)
+        for drawn in scenes.values():
+            things = world.place(rng, objects)
+            if drawn is scenes["spoilt"] and spoil == "doubled":
+                things = world.place(rng, [*objects, objects[0]])
+            image = world.render(things)
+            if drawn is scenes["spoilt"] and spoil == "misshapen":
+                image = image.roll(3, 2).maximum(image)
+            if drawn is scenes["spoilt"] and spoil == "garish":
+                image = (0.5 + 1.6 * (image - 0.5)).clamp(0, 1)
+            drawn.append(image)
+    features = {name: segmenter.features(torch.stack(drawn)) for name, drawn in scenes.items()}
+    assert features["good"].shape == (150, 64)
+    floor, far = (frechet_distance(features[name], features["real"]) for name in ("good", "spoilt"))
+    assert far > 3 * floor
+
+
 # --------------------------------------------------------------------------------------------------
 # ablation.py
 
@@ -310,6 +336,7 @@ def calls(monkeypatch):
             step = c.steps - (c.seed == 12)
             (folder / f"checkpoints/step-{step:06d}").mkdir(parents=True)
         else:
+            folder = Path(command[2])
             recipe, seed = folder.name.rsplit("-", 1)
             finished(folder, 0.1 * (1 + list(ablation.RECIPES).index(recipe)), int(seed))
         started.append((script.name, folder.name))
@@ -319,10 +346,16 @@ def calls(monkeypatch):
 
 
 def test_an_ablation_trains_scores_compares_and_runs_nothing_twice(tmp_path, calls, capsys):
-    options = ablation.Options(out=tmp_path, seeds=(0, 1), steps=20)
+    options = ablation.Options(out=tmp_path, seeds=(0, 1), steps=20, jobs=1)
     ablation.main(options)
     assert len(calls) == 20  # the longer runs have one seed
-    assert calls[:3] == [("train.py", "CM-0"), ("evaluate.py", "CM-0"), ("train.py", "CM-1")]
+    longest_first = ["CMx5-0", "CM+FPx5-0", "CM-0", "CM-1"]
+    assert calls[:8:2] == [("train.py", run) for run in longest_first]
+    assert calls[1:8:2] == [("evaluate.py", run) for run in longest_first]
+    real = sorted((tmp_path / "real").iterdir())
+    scenes = [world.read(to_tensor(Image.open(file))) for file in real]
+    asked = [world.objects_of(prompt) for prompt in prompts.read(config.TOY.eval_prompts)[:350]]
+    assert [*map(sorted, scenes)] == [*map(sorted, asked)]
     table = json.loads((tmp_path / "ablation.json").read_text())
     for i, recipe in enumerate(ablation.RECIPES, 1):
         for score in ("fully_right", "attributes_bound"):
@@ -330,25 +363,45 @@ def test_an_ablation_trains_scores_compares_and_runs_nothing_twice(tmp_path, cal
             assert tuned - base == pytest.approx(0.1 * i, abs=0.04) and low < tuned - base < high
             assert 0.01 < high - low < 0.1
         assert table["frechet_distance"][recipe][2] == pytest.approx([0.1 * i] * 2, abs=1e-5)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 * len(ablation.RECIPES) and len(set(map(len, lines))) == 1
+    done, lines = [], []
+    for line in capsys.readouterr().out.splitlines():
+        (done if line.endswith("trained and scored") else lines).append(line)
+    assert (
+        len(done) == 10 and len(lines) == 3 * len(ablation.RECIPES) and len({*map(len, lines)}) == 1
+    )
     assert lines[0].split()[:2] == ["fully_right", "CM"]
     assert (tmp_path / "ablation.png").stat().st_size > 10_000
 
     ablation.main(options)
     assert len(calls) == 20
-    with pytest.raises(ValueError, match="CM-0: not trained for 60 steps; .* another --out"):
+    with pytest.raises(ValueError, match="CMx5-0: not trained for 300 steps; .* another --out"):
         ablation.main(replace(options, steps=60))
     assert len(calls) == 20
 
 
 def test_a_failed_run_starts_no_other(tmp_path, calls):
-    with pytest.raises(subprocess.CalledProcessError):
-        ablation.main(ablation.Options(out=tmp_path, seeds=(13, 0), steps=20))
+    with pytest.raises(ValueError, match="CMx5-13.log: train.py failed, its last words are there"):
+        ablation.main(ablation.Options(out=tmp_path, seeds=(13, 0), steps=20, jobs=1))
     assert calls == []
 
 
+def test_what_a_run_says_is_in_its_log_and_it_has_one_core(tmp_path):
+    log = tmp_path / "a.log"
+    ablation.start(["-c", "import os; print(os.environ['OMP_NUM_THREADS'])"], log)
+    with pytest.raises(ValueError, match="a.log: -c failed"):
+        ablation.start(["-c", "raise SystemExit('no prompts')"], log)
+    assert log.read_text() == "1\nno prompts\n"
+
+
+def test_runs_are_side_by_side_and_none_starts_after_a_failure():
+    together, started = threading.Barrier(2), []
+    ablation.side_by_side([(together.wait, 60)] * 4, jobs=2)
+    with pytest.raises(threading.BrokenBarrierError):
+        ablation.side_by_side([(together.wait, 0.1), (started.append, 1)], jobs=1)
+    assert started == []
+
+
 def test_a_run_that_was_stopped_is_not_scored(tmp_path, calls):
-    with pytest.raises(ValueError, match="CM-12: not trained for 20 steps; start again to go on"):
-        ablation.main(ablation.Options(out=tmp_path, seeds=(12, 0), steps=20))
-    assert calls == [("train.py", "CM-12")]
+    with pytest.raises(ValueError, match="CMx5-12: not trained for 100 steps; start again to go"):
+        ablation.main(ablation.Options(out=tmp_path, seeds=(12, 0), steps=20, jobs=1))
+    assert calls == [("train.py", "CMx5-12")]

@@ -154,8 +154,8 @@ def show(table):
 
 def chart(table):
     """Differences to the base: a panel a score, a point and its interval a recipe."""
-    figure = Figure((9, 4.4), dpi=figures.DPI, layout="constrained")
-    panels = figure.subplots(2, 4, sharey=True)
+    figure = Figure((9, 6.6), dpi=figures.DPI, layout="constrained")
+    panels = figure.subplots(3, 3, sharey=True)
     for axes, score in zip(panels.flat, table):
         figures.plain(axes, "x")
         axes.axvline(0, color=figures.FAINT, linewidth=1)

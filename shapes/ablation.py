@@ -11,16 +11,13 @@ import json
 import os
 import random
 import sys
-from collections import deque
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import STDOUT, CalledProcessError, run
 
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from config import PRESETS, ROOT, Positive
+from config import PRESETS, Positive
 
 
 @dataclass
@@ -46,7 +43,7 @@ import images
 import prompts as prompt_lists
 import utils
 from scores.numbers import compare
-from shapes import world
+from shapes import parallel, world
 from tools import figures
 
 NO_AC = ["--token-weight=0", "--pixel-weight=0"]  # attribute concentration
@@ -72,43 +69,19 @@ def draw_real(folder):
     return f"--real={folder}"
 
 
-def start(command, log):
-    """Runs a command on one core; what it says goes to the end of a file."""
-    one_core = os.environ | {"OMP_NUM_THREADS": "1"}
-    with log.open("a") as file:
-        how = {"cwd": ROOT, "env": one_core, "stdout": file, "stderr": STDOUT, "check": True}
-        try:
-            run([sys.executable, *command], **how)
-        except CalledProcessError as error:
-            raise ValueError(f"{log}: {command[0]} failed, its last words are there") from error
-
-
 def finish(folder, train, steps, scoring):
     """Trains and scores a run unless that is done. train: the command, scoring: flags of
     evaluate.py."""
     log = folder.with_suffix(".log")
     scored = (folder / "results.json").exists()
     if not scored:
-        start([*train, "--resume", f"--out={folder}", f"--steps={steps}"], log)
+        parallel.start([*train, "--resume", f"--out={folder}", f"--steps={steps}"], log)
     if utils.newest_checkpoint(folder) != folder / f"checkpoints/step-{steps:06d}":
         mend = "start again to go on, or choose another --out"
         raise ValueError(f"{folder}: not trained for {steps} steps; {mend}")
     if not scored:
-        start(["evaluate.py", str(folder), *scoring], log)
+        parallel.start(["evaluate.py", str(folder), *scoring], log)
         print(f"{folder.name}: trained and scored", flush=True)
-
-
-def side_by_side(tasks, jobs):
-    """Calls each function with its arguments, [(function, *arguments)], jobs at a time. After one
-    that fails no other starts; those beside it finish."""
-    waiting, running = deque(tasks), set()
-    with ThreadPoolExecutor(jobs) as pool:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                running.add(pool.submit(*waiting.popleft()))
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                future.result()
 
 
 def read(folder, side):
@@ -178,7 +151,7 @@ def main(options):
             tasks.append((finish, folder, train, options.steps * times, scoring))
             runs[recipe].append((folder, "tuned"))
     longest_first = sorted(tasks, key=lambda task: -task[3])
-    side_by_side(longest_first, options.jobs)
+    parallel.side_by_side(longest_first, options.jobs)
     table = tabulate(runs)
     utils.write(options.out / "ablation.json", json.dumps(table, indent=2) + "\n")
     figures.save(chart(table), options.out / "ablation.png")

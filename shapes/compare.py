@@ -40,7 +40,7 @@ import prompts as prompt_lists
 import utils
 from baselines import training_free
 from diffusion import ADAPTER
-from shapes import ablation
+from shapes import ablation, parallel
 
 SCORES = ["--scores", "oracle", "blip", "fidelity"]
 TRAINED = {  # name -> (command, training-free methods on top of it)
@@ -66,7 +66,7 @@ def score_all(options):
                 suffix = f"+{method}" if method else ""
                 places = runs.setdefault(name + suffix, [])
                 places.append((folder, f"tuned{suffix}"))
-    ablation.side_by_side(tasks, options.jobs)
+    parallel.side_by_side(tasks, options.jobs)
     return runs
 
 
@@ -75,7 +75,7 @@ def score_methods(folder, scoring):
     if not (folder / "results.json").exists():
         command = ["evaluate.py", "shapes", f"--to={folder}", *scoring]
         command += ["--method", *training_free.METHODS]
-        ablation.start(command, folder.with_suffix(".log"))
+        parallel.start(command, folder.with_suffix(".log"))
 
 
 def draw(source, side):

@@ -1,15 +1,20 @@
 """Trains the shapes world's models from scratch, in about two hours on two cores:
 
-    python shapes/pretrain.py                   # all five stages, in order
+    python shapes/pretrain.py                   # all five stages
     python shapes/pretrain.py --only unet       # one of them, from the other stages' results
+
+Each stage has a core of its own and says what it does in OUT/<stage>.log. What was cut off goes on,
+from OUT/states, when it is started again; the result is the same.
 
 Architectures, tokenizers, scheduler are those of shapes/weights. What the base learns last are
 images that do not show what their caption says (an object missing, or in another's colour), so
-that it draws the failures of the big models. The last line tells how often it draws what is asked.
+that it draws the failures of the big models. The last line of unet.log tells how often it draws
+what is asked.
 """
 
 import functools
 import math
+import os
 import random
 import sys
 from dataclasses import dataclass
@@ -49,7 +54,9 @@ import utils
 from config import PRESETS, SHAPES, check_range
 from models import naming
 from rewards import Blip
-from shapes import world
+from shapes import parallel, world
+
+SAVE_EVERY = 500  # steps
 
 # --------------------------------------------------------------------------------------------------
 # Data: a scene is a list of things, world.Thing
@@ -140,7 +147,8 @@ def name_carelessly(rng, caption, chance):
 
 
 def fit(config, name, model, loss_of, steps, lr, ema_decay=0.0):
-    """AdamW on loss_of(rng, generator). The model ends frozen, with its weights' moving average."""
+    """AdamW on loss_of(rng, generator). The model ends frozen, with its weights' moving average.
+    Saves its state, and goes on from there when it is called again."""
     steps = max(1, int(steps * config.steps_scale))
     parameters = list(model.train().requires_grad_(True).parameters())
     weights = [p.detach() for p in parameters]  # the same memory
@@ -153,7 +161,16 @@ def fit(config, name, model, loss_of, steps, lr, ema_decay=0.0):
         return min(warmup, cosine + 1e-3)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
-    for step in tqdm(range(steps), desc=name, mininterval=10):
+    file = config.out / f"states/{name}-{config.seed}-{steps}.pt"
+    first = 0
+    if file.exists():
+        with naming("out", file):
+            first, old_weights, old_average, old_optimizer, old_schedule = torch.load(file)
+            torch._foreach_copy_(weights, old_weights)
+            torch._foreach_copy_(average, old_average)
+            optimizer.load_state_dict(old_optimizer)
+            schedule.load_state_dict(old_schedule)
+    for step in tqdm(range(first, steps), desc=name, total=steps, initial=first, mininterval=10):
         rng = random.Random(f"{name} {config.seed} {step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
         loss = loss_of(rng, generator)
@@ -164,6 +181,10 @@ def fit(config, name, model, loss_of, steps, lr, ema_decay=0.0):
         schedule.step()
         decay = min(ema_decay, (step + 1) / (step + 10))
         torch._foreach_lerp_(average, weights, 1 - decay)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            state = step + 1, weights, average, optimizer.state_dict(), schedule.state_dict()
+            with utils.whole_file(file) as target:
+                torch.save(state, target)
     torch._foreach_copy_(weights, average)
     model.eval().requires_grad_(False)
 
@@ -372,15 +393,32 @@ def train_unet(config):
     print(f"{right:.0f} of {len(asked)} held-out prompts are drawn fully right")
 
 
+STAGES = {
+    "prompts": train_prompts,
+    "vae": train_vae,
+    "unet": train_unet,
+    "captioner": train_captioner,
+    "segmenter": train_segmenter,
+}
+GROUPS = (("prompts", "vae"), ("unet", "captioner", "segmenter"))  # the second reads the VAE
+
+
 def main(config):
     check_range("steps-scale", config.steps_scale, 0, 1000)
     check_range("seed", config.seed, 0, 2**63 - 1)
     utils.check_writable("--out", config.out)
-    stages = (train_prompts, train_vae, train_segmenter, train_captioner, train_unet)
-    for name, train in zip(get_args(Stage), stages):
-        if name in config.only:
-            torch.manual_seed(config.seed)
-            train(config)
+    if len(config.only) == 1:
+        torch.manual_seed(config.seed)
+        return STAGES[config.only[0]](config)
+    out = config.out.resolve()
+    flags = [f"--out={out}", f"--steps-scale={config.steps_scale}", f"--seed={config.seed}"]
+    for group in GROUPS:
+        tasks = []
+        for name in group:
+            if name in config.only:
+                command = ["shapes/pretrain.py", f"--only={name}", *flags]
+                tasks.append((parallel.start, command, out / f"{name}.log"))
+        parallel.side_by_side(tasks, os.cpu_count())
 
 
 if __name__ == "__main__":

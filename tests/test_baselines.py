@@ -326,7 +326,7 @@ def test_the_comparison_scores_each_once_and_writes_table_and_picture(
         entries = {side: {"fully_right": {"mean": i / 9}} for i, side in enumerate(sides)}
         utils.write(folder / "results.json", json.dumps({"sides": entries}))
 
-    monkeypatch.setattr(compare.ablation, "run", run)
+    monkeypatch.setattr(compare.parallel, "run", run)
     monkeypatch.setattr(compare, "draw", lambda source, side: (torch.rand(4, 3, 32, 32), len(side)))
     options = compare.Options(out=tmp_path, steps=2, jobs=1)
     compare.main(options)

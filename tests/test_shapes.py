@@ -21,7 +21,7 @@ import prompts
 import rewards
 import utils
 from scores.numbers import frechet_distance
-from shapes import ablation, pretrain, world
+from shapes import ablation, parallel, pretrain, world
 
 NAN = float("nan")
 PROMPT = "a red circle and a blue square"
@@ -235,7 +235,7 @@ def test_captions_mislead_as_often_as_asked():
     assert set(visible) == {0, 1} and 0.2 < visible.count(0) / len(visible) < 0.3
 
 
-def test_fit_ends_with_the_average_of_the_weights():
+def test_fit_ends_with_the_average_of_the_weights(tmp_path):
     torch.manual_seed(0)
     last = {}
     for decay in (0.0, 0.9):
@@ -245,15 +245,60 @@ def test_fit_ends_with_the_average_of_the_weights():
         def loss_of(rng, generator, model=model):
             return (model.weight - 1).square().sum() + 0 * model.bias.sum()
 
-        options = pretrain.Config(steps_scale=0.02)
+        options = pretrain.Config(steps_scale=0.02, out=tmp_path / str(decay))
         pretrain.fit(options, "line", model, loss_of, steps=1000, lr=0.5, ema_decay=decay)
         last[decay] = model.weight.item()
         assert not model.training and not model.weight.requires_grad
     assert 0 < last[0.9] < last[0.0]
 
 
+def test_fit_goes_on_where_it_was_cut_off_to_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "SAVE_EVERY", 10)
+    seen = []
+
+    def fitted(out, last=None, **changes):
+        model = torch.nn.Linear(3, 1)
+        torch.nn.init.ones_(model.weight), torch.nn.init.ones_(model.bias)
+
+        def loss_of(rng, generator):
+            seen.append(rng.random())
+            if len(seen) == last:
+                raise KeyboardInterrupt
+            target = torch.rand(3, generator=generator)
+            return (model.weight - target).square().sum() + model.bias.sum().square()
+
+        options = pretrain.Config(out=tmp_path / out, **changes)
+        pretrain.fit(options, "line", model, loss_of, steps=25, lr=0.1, ema_decay=0.9)
+        return model.weight
+
+    whole = fitted("whole")
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        fitted("cut", last=18)
+    seen.clear()
+    assert torch.equal(fitted("cut"), whole) and len(seen) == 15
+    seen.clear()
+    assert torch.equal(fitted("cut"), whole) and seen == []
+    assert not torch.equal(fitted("cut", seed=1), whole) and len(seen) == 25
+    (tmp_path / "cut/states/line-0-25.pt").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="states/line-0-25.pt: cannot be loaded"):
+        fitted("cut")
+
+
+def test_stages_are_processes_of_their_own_and_the_vae_comes_first(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(parallel, "run", lambda command, **options: started.append(command[1:]))
+    pretrain.main(pretrain.Config(out=tmp_path, seed=3, steps_scale=0.5))
+    flags = [f"--out={tmp_path}", "--steps-scale=0.5", "--seed=3"]
+    stages = [command[1].removeprefix("--only=") for command in started]
+    assert all(command[0] == "shapes/pretrain.py" and command[2:] == flags for command in started)
+    assert sorted(stages[:2]) == ["prompts", "vae"]
+    assert sorted(stages[2:]) == ["captioner", "segmenter", "unet"]
+
+
 def test_a_stage_leaves_what_the_world_loads(tmp_path):
-    pretrain.main(pretrain.Config(out=tmp_path, steps_scale=0, only=("vae", "segmenter")))
+    pretrain.main(pretrain.Config(out=tmp_path, steps_scale=0, only=("vae",)))
+    pretrain.main(pretrain.Config(out=tmp_path, steps_scale=0, only=("segmenter",)))
     saved = load_file(tmp_path / "segmenter/model.safetensors")
     loaded = world.Segmenter.load(tmp_path / "segmenter").state_dict()
     assert all(torch.equal(saved[name], loaded[name]) for name in loaded)
@@ -332,6 +377,8 @@ def calls(monkeypatch):
             c = config.parse(command[2:])
             folder = c.out
             if c.seed == 13:
+                options["stdout"].write("train.py: no prompts\n")
+                options["stdout"].flush()
                 raise subprocess.CalledProcessError(1, command)
             step = c.steps - (c.seed == 12)
             (folder / f"checkpoints/step-{step:06d}").mkdir(parents=True)
@@ -341,7 +388,7 @@ def calls(monkeypatch):
             finished(folder, 0.1 * (1 + list(ablation.RECIPES).index(recipe)), int(seed))
         started.append((script.name, folder.name))
 
-    monkeypatch.setattr(ablation, "run", run)
+    monkeypatch.setattr(parallel, "run", run)
     return started
 
 
@@ -380,24 +427,28 @@ def test_an_ablation_trains_scores_compares_and_runs_nothing_twice(tmp_path, cal
 
 
 def test_a_failed_run_starts_no_other(tmp_path, calls):
-    with pytest.raises(ValueError, match="CMx5-13.log: train.py failed, its last words are there"):
+    with pytest.raises(ValueError, match="CMx5-13.log: failed: train.py: no prompts"):
         ablation.main(ablation.Options(out=tmp_path, seeds=(13, 0), steps=20, jobs=1))
     assert calls == []
 
 
+# --------------------------------------------------------------------------------------------------
+# parallel.py
+
+
 def test_what_a_run_says_is_in_its_log_and_it_has_one_core(tmp_path):
-    log = tmp_path / "a.log"
-    ablation.start(["-c", "import os; print(os.environ['OMP_NUM_THREADS'])"], log)
-    with pytest.raises(ValueError, match="a.log: -c failed"):
-        ablation.start(["-c", "raise SystemExit('no prompts')"], log)
+    log = tmp_path / "new/a.log"
+    parallel.start(["-c", "import os; print(os.environ['OMP_NUM_THREADS'])"], log)
+    with pytest.raises(ValueError, match="a.log: failed: no prompts"):
+        parallel.start(["-c", "raise SystemExit('no prompts')"], log)
     assert log.read_text() == "1\nno prompts\n"
 
 
 def test_runs_are_side_by_side_and_none_starts_after_a_failure():
     together, started = threading.Barrier(2), []
-    ablation.side_by_side([(together.wait, 60)] * 4, jobs=2)
+    parallel.side_by_side([(together.wait, 60)] * 4, jobs=2)
     with pytest.raises(threading.BrokenBarrierError):
-        ablation.side_by_side([(together.wait, 0.1), (started.append, 1)], jobs=1)
+        parallel.side_by_side([(together.wait, 0.1), (started.append, 1)], jobs=1)
     assert started == []
 
 

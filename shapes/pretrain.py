@@ -3,8 +3,8 @@
     python shapes/pretrain.py                   # all five stages
     python shapes/pretrain.py --only unet       # one of them, from the other stages' results
 
-Each stage has a core of its own and says what it does in OUT/<stage>.log. What was cut off goes on,
-from OUT/states, when it is started again; the result is the same.
+Each stage has a core of its own and says what it does in OUT/<stage>.log. What was cut off goes on
+with --resume, to the same weights.
 
 Architectures, tokenizers, scheduler are those of shapes/weights. What the base learns last are
 images that do not show what their caption says (an object missing, or in another's colour), so
@@ -36,6 +36,8 @@ class Config:
     """Multiplies every stage's number of steps; 0.01 for a quick look."""
     seed: int = 0
     """Seed of the data, the initial weights and the noise."""
+    resume: bool = False
+    """Go on from OUT/states."""
 
 
 if __name__ == "__main__":
@@ -148,7 +150,7 @@ def name_carelessly(rng, caption, chance):
 
 def fit(config, name, model, loss_of, steps, lr, ema_decay=0.0):
     """AdamW on loss_of(rng, generator). The model ends frozen, with its weights' moving average.
-    Saves its state, and goes on from there when it is called again."""
+    Saves its state in OUT/states, to resume from."""
     steps = max(1, int(steps * config.steps_scale))
     parameters = list(model.train().requires_grad_(True).parameters())
     weights = [p.detach() for p in parameters]  # the same memory
@@ -163,7 +165,7 @@ def fit(config, name, model, loss_of, steps, lr, ema_decay=0.0):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
     file = config.out / f"states/{name}-{config.seed}-{steps}.pt"
     first = 0
-    if file.exists():
+    if config.resume and file.exists():
         with naming("out", file):
             first, old_weights, old_average, old_optimizer, old_schedule = torch.load(file)
             torch._foreach_copy_(weights, old_weights)
@@ -412,6 +414,7 @@ def main(config):
         return STAGES[config.only[0]](config)
     out = config.out.resolve()
     flags = [f"--out={out}", f"--steps-scale={config.steps_scale}", f"--seed={config.seed}"]
+    flags += ["--resume"] * config.resume
     for group in GROUPS:
         tasks = []
         for name in group:

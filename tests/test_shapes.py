@@ -276,20 +276,21 @@ def test_fit_goes_on_where_it_was_cut_off_to_the_same_weights(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         fitted("cut", last=18)
     seen.clear()
-    assert torch.equal(fitted("cut"), whole) and len(seen) == 15
+    assert torch.equal(fitted("cut", resume=True), whole) and len(seen) == 15
     seen.clear()
-    assert torch.equal(fitted("cut"), whole) and seen == []
-    assert not torch.equal(fitted("cut", seed=1), whole) and len(seen) == 25
+    assert torch.equal(fitted("cut", resume=True), whole) and seen == []
+    assert not torch.equal(fitted("cut", resume=True, seed=1), whole) and len(seen) == 25
+    assert torch.equal(fitted("cut"), whole) and len(seen) == 50
     (tmp_path / "cut/states/line-0-25.pt").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="states/line-0-25.pt: cannot be loaded"):
-        fitted("cut")
+        fitted("cut", resume=True)
 
 
 def test_stages_are_processes_of_their_own_and_the_vae_comes_first(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(parallel, "run", lambda command, **options: started.append(command[1:]))
-    pretrain.main(pretrain.Config(out=tmp_path, seed=3, steps_scale=0.5))
-    flags = [f"--out={tmp_path}", "--steps-scale=0.5", "--seed=3"]
+    pretrain.main(pretrain.Config(out=tmp_path, seed=3, steps_scale=0.5, resume=True))
+    flags = [f"--out={tmp_path}", "--steps-scale=0.5", "--seed=3", "--resume"]
     stages = [command[1].removeprefix("--only=") for command in started]
     assert all(command[0] == "shapes/pretrain.py" and command[2:] == flags for command in started)
     assert sorted(stages[:2]) == ["prompts", "vae"]

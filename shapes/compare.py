@@ -76,6 +76,7 @@ def score_methods(folder, scoring):
         command = ["evaluate.py", "shapes", f"--to={folder}", *scoring]
         command += ["--method", *training_free.METHODS]
         parallel.start(command, folder.with_suffix(".log"))
+        print(f"{folder.name}: scored", flush=True)
 
 
 def draw(source, side):

@@ -52,6 +52,11 @@ MAX_RATIO = 16  # of an image's sides: GroundingDINO would shrink the shorter on
 MAX_BOXES = 64  # an image, the best: bounds SAM's memory if a threshold lets all 900 through
 
 
+def bytes_of(images):
+    """Images in [0, 1] -> the bytes that the processors of transformers take."""
+    return (images.clamp(0, 1) * 255).round().byte()
+
+
 class GroundingDINO(torch.nn.Module):
     """GroundingDINO, frozen: the boxes that nouns name."""
 
@@ -88,7 +93,7 @@ class GroundingDINO(torch.nn.Module):
     @torch.no_grad()
     def features(self, images):
         """Images (B, 3, H, W) in [0, 1] -> (B, dim): the mean of the backbone's last map."""
-        pixels = (images.clamp(0, 1) * 255).round().byte()
+        pixels = bytes_of(images)
         inputs = self.dino_input(list(pixels), return_tensors="pt")
         maps, _ = self.dino.model.backbone(**inputs)
         last, _ = maps[-1]
@@ -113,7 +118,7 @@ class GroundedSAM(GroundingDINO):
         """Images (B, 3, H, W) in [0, 1], nouns per image -> list of masks (nouns, H, W), 0 or 1;
         the mask of a noun that is not found is empty. An image without nouns costs nothing."""
         size, masks = images.shape[-2:], []
-        pixels = (images.clamp(0, 1) * 255).round().byte()
+        pixels = bytes_of(images)
         for image, names in zip(pixels, nouns):
             its_masks = images.new_zeros(len(names), *size)
             boxes, owners, _ = self.detect(image, names) if names else ([], [], [])

@@ -69,10 +69,11 @@ class Blip:
         text, scored = text.to(images.device), scored.to(images.device)
         ids = text.input_ids.clone()
         ids[:, 0] = self.model.config.text_config.bos_token_id  # [DEC], as in training, not [CLS]
+        seen = self.model.vision_model(pixel_values=self.pixels(images))
         logits = self.model.text_decoder(
             input_ids=ids,
             attention_mask=text.attention_mask,
-            encoder_hidden_states=self.vision(images).last_hidden_state,
+            encoder_hidden_states=seen.last_hidden_state,
             use_cache=False,
         ).logits
         nll = F.cross_entropy(
@@ -93,9 +94,6 @@ class Blip:
         end = text.attention_mask.sum(1, keepdim=True) - 2  # the last before the padding
         scored.scatter_(1, end, self.end_factor)
         return text, scored
-
-    def vision(self, images):
-        return self.model.vision_model(pixel_values=self.pixels(images))
 
     def pixels(self, images):
         """Images in [0, 1] -> what BLIP's vision model takes: bicubic to its size, CLIP's mean and

@@ -76,15 +76,10 @@ def one_by_one(score, others=()):
 # Rewards and features
 
 
-@cache
-def reward_of(setup, name):
+def load_reward(setup, name):
     exact = {"caption_reduction": "sum", "caption_end_factor": 1.0, "label_smoothing": 0.0}
     config = replace(setup.config, **exact, dtype="float32")
-    return rewards.REWARDS[name](config, setup.device)
-
-
-def load_reward(setup, name):
-    reward = reward_of(setup, name)
+    reward = rewards.REWARDS[name](config, setup.device)
     column = "caption_log_likelihood" if name == "blip" else name
 
     def judge(batch):
@@ -95,10 +90,14 @@ def load_reward(setup, name):
     return judge
 
 
+@cache
+def detector_of(setup):
+    return masks.load_detector(setup.config, setup.device)
+
+
 def load_features(setup):
     boxes = setup.config.segmenter == "grounded-sam"  # whose SAM is not needed
-    load = masks.load_detector if boxes else masks.load_segmenter
-    network = load(setup.config, setup.device)
+    network = detector_of(setup) if boxes else masks.load_segmenter(setup.config, setup.device)
 
     def judge(batch):
         features = network.features(batch.images.to(setup.device))
@@ -235,7 +234,7 @@ def relation_of(prompt):
 
 
 def load_spatial(setup):
-    detector = masks.load_detector(setup.config, setup.device)
+    detector = detector_of(setup)
 
     def score(image, prompt):
         first, relation, last = relation_of(prompt)

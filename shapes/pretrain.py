@@ -395,14 +395,8 @@ def train_unet(config):
     print(f"{right:.0f} of {len(asked)} held-out prompts are drawn fully right")
 
 
-STAGES = {
-    "prompts": train_prompts,
-    "vae": train_vae,
-    "unet": train_unet,
-    "captioner": train_captioner,
-    "segmenter": train_segmenter,
-}
-GROUPS = (("prompts", "vae"), ("unet", "captioner", "segmenter"))  # the second reads the VAE
+FIRST = {"prompts": train_prompts, "vae": train_vae}
+WITH_VAE = {"unet": train_unet, "captioner": train_captioner, "segmenter": train_segmenter}
 
 
 def main(config):
@@ -410,12 +404,14 @@ def main(config):
     check_range("seed", config.seed, 0, 2**63 - 1)
     utils.check_writable("--out", config.out)
     if len(config.only) == 1:
+        (name,) = config.only
+        train = (FIRST | WITH_VAE)[name]
         torch.manual_seed(config.seed)
-        return STAGES[config.only[0]](config)
+        return train(config)
     out = config.out.resolve()
     flags = [f"--out={out}", f"--steps-scale={config.steps_scale}", f"--seed={config.seed}"]
     flags += ["--resume"] * config.resume
-    for group in GROUPS:
+    for group in (FIRST, WITH_VAE):
         tasks = []
         for name in group:
             if name in config.only:

@@ -172,6 +172,28 @@ def test_the_captioner_prefers_the_true_caption():
     assert right >= 18
 
 
+@pytest.mark.parametrize("spoil", ["doubled", "misshapen", "garish"])
+def test_features_of_the_segmenter_tell_spoilt_scenes_from_good_ones(spoil):
+    rng, segmenter = random.Random(0), world.Segmenter.load(config.SHAPES / "segmenter")
+    scenes = {name: [] for name in ("real", "good", "spoilt")}
+    for prompt in prompts.read(config.TOY.prompts)[:150]:
+        objects = world.objects_of(prompt)
+        for drawn in scenes.values():
+            things = world.place(rng, objects)
+            if drawn is scenes["spoilt"] and spoil == "doubled":
+                things = world.place(rng, [*objects, objects[0]])
+            image = world.render(things)
+            if drawn is scenes["spoilt"] and spoil == "misshapen":
+                image = image.roll(3, 2).maximum(image)
+            if drawn is scenes["spoilt"] and spoil == "garish":
+                image = (0.5 + 1.6 * (image - 0.5)).clamp(0, 1)
+            drawn.append(image)
+    features = {name: segmenter.features(torch.stack(drawn)) for name, drawn in scenes.items()}
+    assert features["good"].shape == (150, 64)
+    floor, far = (frechet_distance(features[name], features["real"]) for name in ("good", "spoilt"))
+    assert far > 3 * floor
+
+
 # --------------------------------------------------------------------------------------------------
 # pretrain.py
 
@@ -258,7 +280,8 @@ def test_fit_goes_on_where_it_was_cut_off_to_the_same_weights(tmp_path, monkeypa
 
     def fitted(out, last=None, **changes):
         model = torch.nn.Linear(3, 1)
-        torch.nn.init.ones_(model.weight), torch.nn.init.ones_(model.bias)
+        for p in model.parameters():
+            torch.nn.init.ones_(p)
 
         def loss_of(rng, generator):
             seen.append(rng.random())
@@ -312,28 +335,6 @@ def test_a_stage_without_its_vae_is_refused(tmp_path):
     with pytest.raises(ValueError, match="pipeline/vae"):
         pretrain.main(pretrain.Config(only=("unet",), out=tmp_path))
     assert pretrain.Config().out.resolve() != config.SHAPES
-
-
-@pytest.mark.parametrize("spoil", ["doubled", "misshapen", "garish"])
-def test_features_of_the_segmenter_tell_spoilt_scenes_from_good_ones(spoil):
-    rng, segmenter = random.Random(0), world.Segmenter.load(config.SHAPES / "segmenter")
-    scenes = {name: [] for name in ("real", "good", "spoilt")}
-    for prompt in prompts.read(config.TOY.prompts)[:150]:
-        objects = world.objects_of(prompt)
-        for drawn in scenes.values():
-            things = world.place(rng, objects)
-            if drawn is scenes["spoilt"] and spoil == "doubled":
-                things = world.place(rng, [*objects, objects[0]])
-            image = world.render(things)
-            if drawn is scenes["spoilt"] and spoil == "misshapen":
-                image = image.roll(3, 2).maximum(image)
-            if drawn is scenes["spoilt"] and spoil == "garish":
-                image = (0.5 + 1.6 * (image - 0.5)).clamp(0, 1)
-            drawn.append(image)
-    features = {name: segmenter.features(torch.stack(drawn)) for name, drawn in scenes.items()}
-    assert features["good"].shape == (150, 64)
-    floor, far = (frechet_distance(features[name], features["real"]) for name in ("good", "spoilt"))
-    assert far > 3 * floor
 
 
 # --------------------------------------------------------------------------------------------------
@@ -414,9 +415,8 @@ def test_an_ablation_trains_scores_compares_and_runs_nothing_twice(tmp_path, cal
     done, lines = [], []
     for line in capsys.readouterr().out.splitlines():
         (done if line.endswith("trained and scored") else lines).append(line)
-    assert (
-        len(done) == 10 and len(lines) == 3 * len(ablation.RECIPES) and len({*map(len, lines)}) == 1
-    )
+    assert len(done) == 10
+    assert len(lines) == 3 * len(ablation.RECIPES) and len({*map(len, lines)}) == 1
     assert lines[0].split()[:2] == ["fully_right", "CM"]
     assert (tmp_path / "ablation.png").stat().st_size > 10_000
 
@@ -431,6 +431,12 @@ def test_a_failed_run_starts_no_other(tmp_path, calls):
     with pytest.raises(ValueError, match="CMx5-13.log: failed: train.py: no prompts"):
         ablation.main(ablation.Options(out=tmp_path, seeds=(13, 0), steps=20, jobs=1))
     assert calls == []
+
+
+def test_a_run_that_was_stopped_is_not_scored(tmp_path, calls):
+    with pytest.raises(ValueError, match="CMx5-12: not trained for 100 steps; start again to go"):
+        ablation.main(ablation.Options(out=tmp_path, seeds=(12, 0), steps=20, jobs=1))
+    assert calls == [("train.py", "CMx5-12")]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -451,9 +457,3 @@ def test_runs_are_side_by_side_and_none_starts_after_a_failure():
     with pytest.raises(threading.BrokenBarrierError):
         parallel.side_by_side([(together.wait, 0.1), (started.append, 1)], jobs=1)
     assert started == []
-
-
-def test_a_run_that_was_stopped_is_not_scored(tmp_path, calls):
-    with pytest.raises(ValueError, match="CMx5-12: not trained for 100 steps; start again to go"):
-        ablation.main(ablation.Options(out=tmp_path, seeds=(12, 0), steps=20, jobs=1))
-    assert calls == [("train.py", "CMx5-12")]

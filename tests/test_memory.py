@@ -104,9 +104,9 @@ def test_merging_rounds_in_bfloat16_about_as_much_as_bfloat16_itself():
 
     def sample(dtype, context, name=diffusion.ADAPTER):
         pipe, plan = models.open_pipeline(replace(c, dtype=dtype))
-        randomise(diffusion.add_adapter(pipe.unet, diffusion.ADAPTER, c.rank))
-        text = diffusion.encode(pipe, PROMPTS)
-        generators = [torch.Generator().manual_seed(i) for i in range(2)]
+        randomise(diffusion.add_adapter(pipe.unet, diffusion.ADAPTER, c.rank), scale=0.1)
+        text = diffusion.encode(pipe, 4 * PROMPTS)
+        generators = [torch.Generator().manual_seed(i) for i in range(len(text.prompts))]
         noise = diffusion.initial_noise(pipe, (c.resolution, c.resolution), generators)
         with context(pipe.unet, name):
             return diffusion.sample(pipe, plan, text, noise, generators, c.guidance_scale)[0]

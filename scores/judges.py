@@ -238,7 +238,7 @@ def load_spatial(setup):
 
     def score(image, prompt):
         first, relation, last = relation_of(prompt)
-        pixels = (255 * image).round().byte().to(setup.device)
+        pixels = masks.bytes_of(image).to(setup.device)
         found = detector.detect(pixels, [first, last])
         return {"grounding_dino_spatial": spatial_score(relation, *found)}
 

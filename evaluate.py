@@ -22,6 +22,8 @@ fidelity):
                  UniDet's: a surrogate, not the benchmark's number
     blip         log p(prompt | image) of the run's captioner, in nats; so any reward of rewards.py
     activation   percent of cross-attention on the tokens of entities (paper, section 3)
+    concentration   percent of the attention of nouns, and of attributes, that falls into their own
+                 entity's mask, and into others' (paper, section 3.3)
     fidelity     Frechet distance of image features of what finds the nouns (GroundingDINO), which
                  no loss is trained by, to those of --real, and of the base with other seeds (the
                  base's own is the floor)
@@ -140,8 +142,8 @@ def choose_scores(options, lists, readable, finished):
         raise ValueError(f"--scores {min(unknown)}: unknown, there are {listed}")
     if "oracle" in scores and not readable:
         raise ValueError("--scores oracle: it reads prompts and images of the shapes world only")
-    if "activation" in scores and finished:
-        raise ValueError("--scores activation: needs a model; pictures have no latents")
+    if finished and (unable := judging.OF_LATENTS & scores):
+        raise ValueError(f"--scores {min(unable)}: needs a model; pictures have no latents")
     if features and finished and not options.real:
         raise ValueError(f"--scores {min(features)}: of pictures it needs --real FOLDER")
     if options.real and not features:
@@ -220,11 +222,13 @@ def plan_scoring(options, config, oracle, finished=None):
     else:
         items = items_of(options, asked, scores)
     judging.check(scores, items, options.inception)
-    boxes = config.segmenter == "grounded-sam"
+    sam = config.segmenter == "grounded-sam"
+    finders = [config.dino, config.sam] if sam else [config.segmenter]
     models_of = vars(config) | {
         "vqa": options.vqa,
         "grounding_dino_spatial": config.dino,
-        "fidelity": config.dino if boxes else config.segmenter,
+        "fidelity": finders[0],
+        "concentration": ", ".join(map(portable, finders)),
     }
     protocol = {
         "scores": scores,

@@ -262,3 +262,12 @@ def token_maps(pipe, plan, text, z, blocks, seeds, parts=(0.4, 0.55, 0.7, 0.85))
             maps = F.interpolate(maps, finest, mode="bilinear")
             total += maps / len(layers)
     return total / len(parts)
+
+
+def share_inside(attention, mask):
+    """The share of a map (h, w) that falls into a mask (H, W); NaN if the mask is empty."""
+    if not mask.any():
+        return float("nan")
+    (fine,) = F.interpolate(attention[None, None].float(), mask.shape, mode="bilinear")[0]
+    inside = (fine * mask).sum()
+    return (inside / fine.sum()).item()

@@ -61,6 +61,10 @@ class Batch(NamedTuple):
     latents: torch.Tensor | None = None
     adapter: str | None = None
 
+    @property
+    def prompts(self):
+        return [item.prompt for item in self.items]
+
 
 def one_by_one(score, others=()):
     """A judge from score(image, prompt) -> {column: value}, but of no prompts of other lists."""
@@ -83,8 +87,7 @@ def load_reward(setup, name):
     column = "caption_log_likelihood" if name == "blip" else name
 
     def judge(batch):
-        prompts = [item.prompt for item in batch.items]
-        values = reward(batch.images.to(setup.device), prompts)
+        values = reward(batch.images.to(setup.device), batch.prompts)
         return [{column: value} for value in values.tolist()]
 
     return judge
@@ -127,23 +130,68 @@ def load_inception(setup, column, mode):
     return one_by_one(score)
 
 
+def attended(setup, batch, measure, blocks):
+    """What `measure`, images.token_activations or token_maps, says of a batch."""
+    seeds = [item.seed for item in batch.items]
+    with models.using(setup.pipe, batch.adapter):
+        text = diffusion.encode(setup.pipe, batch.prompts)
+        return measure(setup.pipe, setup.plan, text, batch.latents, blocks, seeds)
+
+
 def load_activation(setup):
     """Mean share of attention on the tokens of entities (paper, section 3), in percent."""
-    pipe = setup.pipe
     parser = entities.load_parser(setup.config.parser)
-    blocks = attention.all_blocks(pipe.unet)
+    blocks = attention.all_blocks(setup.pipe.unet)
 
     def judge(batch):
-        prompts, seeds = [item.prompt for item in batch.items], [item.seed for item in batch.items]
-        named = entities.find_all(prompts, parser, pipe.tokenizer)
-        with models.using(pipe, batch.adapter):
-            text = diffusion.encode(pipe, prompts)
-            drawn = text, batch.latents, blocks, seeds
-            shares = imaging.token_activations(pipe, setup.plan, *drawn)
+        named = entities.find_all(batch.prompts, parser, setup.pipe.tokenizer)
+        shares = attended(setup, batch, imaging.token_activations, blocks)
         percent = 100 * attention.entity_activation(shares, named)
         return [{"entity_activation_percent": value} for value in percent.tolist()]
 
     return judge
+
+
+def load_concentration(setup):
+    """How much of the attention of nouns and attributes falls into their own entity's mask, which
+    is what attribute concentration trains (paper, section 3.3), and how much into other masks."""
+    config = setup.config
+    parser = entities.load_parser(config.parser)
+    segmenter = masks.load_segmenter(config, setup.device)
+
+    def judge(batch):
+        named = entities.find_all(batch.prompts, parser, setup.pipe.tokenizer)
+        nouns = [[entity.noun for entity in own] for own in named]
+        found = segmenter.masks(batch.images.to(setup.device), nouns)
+        maps = attended(setup, batch, imaging.token_maps, config.attention_blocks)
+        return list(map(concentration, maps, named, found))
+
+    return judge
+
+
+CONCENTRATION = (
+    "noun_inside_own_percent",
+    "noun_inside_others_percent",
+    "attribute_inside_own_percent",
+    "attribute_inside_others_percent",
+)
+
+
+def concentration(maps, named, found):
+    """{column: percent} of an image: maps (tokens, h, w), Entities, their masks (entities, H, W).
+    Means over the entities that are found; NaN where none is."""
+    shares = {column: [] for column in CONCENTRATION}
+    for entity, own in zip(named, found):
+        if not own.any():
+            continue
+        others = found.sum(0) > own
+        attributes = set(entity.tokens) - set(entity.noun_tokens)
+        for word, tokens in (("noun", entity.noun_tokens), ("attribute", attributes)):
+            attention_of_word = maps[list(tokens)].sum(0)
+            for whose, mask in (("own", own), ("others", others)):
+                share = imaging.share_inside(attention_of_word, mask)
+                shares[f"{word}_inside_{whose}_percent"].append(100 * share)
+    return {column: torch.tensor(values).nanmean().item() for column, values in shares.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -279,10 +327,12 @@ JUDGES = {
     "grounding_dino_spatial": load_spatial,
     **{name: partial(load_reward, name=name) for name in rewards.REWARDS},
     "activation": load_activation,
+    "concentration": load_concentration,
     "fidelity": load_features,
     "fid": partial(load_inception, column="fid", mode="legacy_tensorflow"),
     "clean_fid": partial(load_inception, column="clean_fid", mode="clean"),
 }
+OF_LATENTS = {"activation", "concentration"}  # not of finished pictures
 FEATURES = {"fidelity", "fid", "clean_fid"}  # of an image, for Frechet distances
 COMPBENCH = {"vqa", "grounding_dino_spatial", "clip"}  # with 10 images a prompt
 

@@ -11,8 +11,8 @@ from conftest import BLOCKS, PROMPTS, tiny_pipeline
 import attention
 import config
 import diffusion
+import images
 from entities import Entity
-from tools import figures
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_the_share_of_a_map_inside_a_mask():
     corner[0, 0] = 1
     left = torch.zeros(16, 16)
     left[:, :8] = 1
-    assert figures.share_inside(corner, left) == pytest.approx(1)
-    assert figures.share_inside(corner, 1 - left) == pytest.approx(0)
-    assert figures.share_inside(torch.ones(4, 4), left) == pytest.approx(0.5)
-    assert math.isnan(figures.share_inside(corner, 0 * left))
+    assert images.share_inside(corner, left) == pytest.approx(1)
+    assert images.share_inside(corner, 1 - left) == pytest.approx(0)
+    assert images.share_inside(torch.ones(4, 4), left) == pytest.approx(0.5)
+    assert math.isnan(images.share_inside(corner, 0 * left))

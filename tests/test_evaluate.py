@@ -527,6 +527,57 @@ def test_every_score_is_that_of_its_own_judge(model, tmp_path, blip_vqa, capsys)
     run(options, config, pipe, schedule)
 
 
+class Halves:
+    """A segmenter that finds the first noun on the left, the second on the right, no third."""
+
+    def masks(self, images, nouns):
+        found = []
+        for names in nouns:
+            masks = torch.zeros(len(names), 32, 32)
+            masks[:1, :, :16] = 1
+            masks[1:2, :, 16:] = 1
+            found.append(masks)
+        return found
+
+
+def test_where_nouns_and_attributes_look(model, tmp_path, monkeypatch):
+    """Written out: the share of each word's map that lies in its own half, and in the other."""
+    pipe, schedule, parameters = model
+    randomise(parameters, 1, 0.3)
+    monkeypatch.setattr(judges.masks, "load_segmenter", lambda config, device: Halves())
+    asked, seeds = ["a red circle, a ring and a blue square", "a white ring", "hello"], [7, 8, 9]
+    items = [judges.Item("list", *pair) for pair in zip(asked, seeds)]
+    z, images = torch.randn(3, 4, 8, 8), torch.rand(3, 3, 32, 32)
+    config = small_config(tmp_path)
+    options = evaluate.Options(config.out)
+    setup = judges.Setup(options, config, torch.device("cpu"), world, pipe, schedule)
+    batch = judges.Batch(items, images, z, diffusion.ADAPTER)
+    first, second, third = judges.judge({"x": judges.load_concentration(setup)}, batch)
+    with torch.no_grad(), models.using(pipe, diffusion.ADAPTER):
+        text = diffusion.encode(pipe, asked)
+        maps = imaging.token_maps(pipe, schedule, text, z, config.attention_blocks, seeds)
+
+    def left(prompt, token):  # of a's tokens: start a red circle , a ring and a blue square
+        return imaging.share_inside(
+            maps[prompt, token], torch.ones(32, 32) * (torch.arange(32) < 16)
+        )
+
+    red, circle, ring, white = left(0, 2), left(0, 3), left(0, 6), left(1, 2)
+    expected = {
+        "noun_inside_own_percent": 50 * (circle + 1 - ring),
+        "noun_inside_others_percent": 50 * (1 - circle + ring),
+        "attribute_inside_own_percent": 100 * red,  # the ring has none
+        "attribute_inside_others_percent": 100 * (1 - red),
+    }
+    assert {column: first[column] for column in expected} == pytest.approx(expected, rel=1e-3)
+    assert second["attribute_inside_own_percent"] == pytest.approx(100 * white, rel=1e-3)
+    assert math.isnan(second["noun_inside_others_percent"])  # there is no other
+    assert all(math.isnan(third[column]) for column in expected)
+    config.segmenter, config.dino, config.sam = "grounded-sam", "me/dino", "me/sam"
+    _, protocol = plan(config, scores=("concentration",))
+    assert protocol["concentration"] == "me/dino, me/sam"
+
+
 def test_a_lora_that_does_nothing_scores_as_the_base(model, tmp_path):
     pipe, schedule, parameters = model
     for p in parameters:

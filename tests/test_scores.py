@@ -124,6 +124,7 @@ def row(file, prompt="a red circle"):
         ),
         ([row("0.png")], {"prompts": (HELDOUT,)}, "not 1 pictures of 'a "),
         ([row("0.png")], {"scores": ("activation",)}, "--scores activation: needs a model"),
+        ([row("0.png")], {"scores": ("concentration",)}, "--scores concentration: needs a model"),
         (
             [row("0.png")],
             {"scores": ("fidelity",)},

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib import colormaps, font_manager, rcParams
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -16,6 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
 from entities import fit
+from images import share_inside
 from utils import whole_file
 
 PALETTE = ["#e63c3c", "#3c78f0", "#28b450", "#f0b41e", "#aa50dc", "#1ebec8", "#f07828"]
@@ -58,15 +58,6 @@ def save(figure, path, **options):
     """Writes a Figure, whole or not at all, in the format that its name ends in."""
     with whole_file(path) as file:
         figure.savefig(file, format=Path(path).suffix[1:], **options)
-
-
-def share_inside(attention, mask):
-    """The share of a map (h, w) that falls into a mask (H, W); NaN if the mask is empty."""
-    if not mask.any():
-        return float("nan")
-    (fine,) = F.interpolate(attention[None, None].float(), mask.shape, mode="bilinear")[0]
-    inside = (fine * mask).sum()
-    return (inside / fine.sum()).item()
 
 
 def plain(axes, values="y"):

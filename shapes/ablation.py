@@ -150,8 +150,9 @@ def main(options):
             folder = out / f"{recipe}-{seed}"
             tasks.append((finish, folder, train, options.steps * times, scoring))
             runs[recipe].append((folder, "tuned"))
-    longest_first = sorted(tasks, key=lambda task: -task[3])
-    parallel.side_by_side(longest_first, options.jobs)
+    # longest first: a flag takes a loss away
+    tasks.sort(key=lambda task: (-task[3], len(task[2])))
+    parallel.side_by_side(tasks, options.jobs)
     table = tabulate(runs)
     utils.write(options.out / "ablation.json", json.dumps(table, indent=2) + "\n")
     figures.save(chart(table), options.out / "ablation.png")

@@ -398,7 +398,7 @@ def test_an_ablation_trains_scores_compares_and_runs_nothing_twice(tmp_path, cal
     options = ablation.Options(out=tmp_path, seeds=(0, 1), steps=20, jobs=1)
     ablation.main(options)
     assert len(calls) == 20  # the longer runs have one seed
-    longest_first = ["CMx5-0", "CM+FPx5-0", "CM-0", "CM-1"]
+    longest_first = ["CM+FPx5-0", "CMx5-0", "CM+AC+FP-0", "CM+AC+FP-1"]
     assert calls[:8:2] == [("train.py", run) for run in longest_first]
     assert calls[1:8:2] == [("evaluate.py", run) for run in longest_first]
     real = sorted((tmp_path / "real").iterdir())
@@ -422,21 +422,25 @@ def test_an_ablation_trains_scores_compares_and_runs_nothing_twice(tmp_path, cal
 
     ablation.main(options)
     assert len(calls) == 20
-    with pytest.raises(ValueError, match="CMx5-0: not trained for 300 steps; .* another --out"):
+    with pytest.raises(
+        ValueError, match=r"CM\+FPx5-0: not trained for 300 steps; .* another --out"
+    ):
         ablation.main(replace(options, steps=60))
     assert len(calls) == 20
 
 
 def test_a_failed_run_starts_no_other(tmp_path, calls):
-    with pytest.raises(ValueError, match="CMx5-13.log: failed: train.py: no prompts"):
+    with pytest.raises(ValueError, match=r"CM\+FPx5-13.log: failed: train.py: no prompts"):
         ablation.main(ablation.Options(out=tmp_path, seeds=(13, 0), steps=20, jobs=1))
     assert calls == []
 
 
 def test_a_run_that_was_stopped_is_not_scored(tmp_path, calls):
-    with pytest.raises(ValueError, match="CMx5-12: not trained for 100 steps; start again to go"):
+    with pytest.raises(
+        ValueError, match=r"CM\+FPx5-12: not trained for 100 steps; start again to go"
+    ):
         ablation.main(ablation.Options(out=tmp_path, seeds=(12, 0), steps=20, jobs=1))
-    assert calls == [("train.py", "CMx5-12")]
+    assert calls == [("train.py", "CM+FPx5-12")]
 
 
 # --------------------------------------------------------------------------------------------------

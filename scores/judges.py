@@ -161,7 +161,9 @@ def load_concentration(setup):
 
     def judge(batch):
         named = entities.find_all(batch.prompts, parser, setup.pipe.tokenizer)
-        nouns = [[entity.noun for entity in own] for own in named]
+        nouns = []
+        for own in named:
+            nouns.append([entity.noun for entity in own])
         found = segmenter.masks(batch.images.to(setup.device), nouns)
         maps = attended(setup, batch, imaging.token_maps, config.attention_blocks)
         return list(map(concentration, maps, named, found))

@@ -171,7 +171,7 @@ def load_concentration(setup):
     return judge
 
 
-CONCENTRATION = (
+CONCENTRATION = (  # columns, in the order of `concentration`
     "noun_inside_own_percent",
     "noun_inside_others_percent",
     "attribute_inside_own_percent",
@@ -182,18 +182,19 @@ CONCENTRATION = (
 def concentration(maps, named, found):
     """{column: percent} of an image: maps (tokens, h, w), Entities, their masks (entities, H, W).
     Means over the entities that are found; NaN where none is."""
-    shares = {column: [] for column in CONCENTRATION}
+    shares = []
     for entity, own in zip(named, found):
         if not own.any():
             continue
         others = found.sum(0) > own
         attributes = set(entity.tokens) - set(entity.noun_tokens)
-        for word, tokens in (("noun", entity.noun_tokens), ("attribute", attributes)):
+        row = []
+        for tokens in (entity.noun_tokens, attributes):
             attention_of_word = maps[list(tokens)].sum(0)
-            for whose, mask in (("own", own), ("others", others)):
-                share = imaging.share_inside(attention_of_word, mask)
-                shares[f"{word}_inside_{whose}_percent"].append(100 * share)
-    return {column: torch.tensor(values).nanmean().item() for column, values in shares.items()}
+            row += [imaging.share_inside(attention_of_word, mask) for mask in (own, others)]
+        shares.append(row)
+    means = torch.tensor(shares).reshape(-1, len(CONCENTRATION)).nanmean(0)
+    return dict(zip(CONCENTRATION, (100 * means).tolist()))
 
 
 # --------------------------------------------------------------------------------------------------

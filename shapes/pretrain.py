@@ -1,4 +1,4 @@
-"""Trains the shapes world's models from scratch, in about two hours on two cores:
+"""Trains the shapes world's models from scratch, in about 100 minutes on two cores:
 
     python shapes/pretrain.py                   # all five stages
     python shapes/pretrain.py --only unet       # one of them, from the other stages' results
